@@ -1,0 +1,65 @@
+"""lorax: LoRA and QLoRA from scratch in PyTorch and Triton.
+
+Importing lorax starts nothing: each public name below is imported from its room the first time it
+is used, so that `lorax --help` answers at once and nobody pays for torch who does not need it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lorax.adapters.config import LoRAConfig as LoRAConfig
+    from lorax.adapters.inject import add_adapter as add_adapter
+    from lorax.adapters.inject import disabled_adapter as disabled_adapter
+    from lorax.adapters.inject import print_trainable_parameters as print_trainable_parameters
+    from lorax.adapters.merge import merge_adapter as merge_adapter
+    from lorax.adapters.merge import unload_adapter as unload_adapter
+    from lorax.adapters.merge import unmerge_adapter as unmerge_adapter
+    from lorax.errors import LoraxError as LoraxError
+    from lorax.formats.huggingface import load_model as load_model
+    from lorax.formats.huggingface import load_tokenizer as load_tokenizer
+    from lorax.formats.huggingface import save_model as save_model
+    from lorax.formats.peft import load_adapter as load_adapter
+    from lorax.formats.peft import save_adapter as save_adapter
+    from lorax.inference.generate import generate as generate
+    from lorax.quant.nf4 import QuantizedTensor as QuantizedTensor
+    from lorax.quant.nf4 import quantize as quantize
+    from lorax.training.loop import train as train
+    from lorax.training.recipe import Recipe as Recipe
+
+_HOME = {
+    "LoRAConfig": "lorax.adapters.config",
+    "LoraxError": "lorax.errors",
+    "QuantizedTensor": "lorax.quant.nf4",
+    "Recipe": "lorax.training.recipe",
+    "add_adapter": "lorax.adapters.inject",
+    "disabled_adapter": "lorax.adapters.inject",
+    "generate": "lorax.inference.generate",
+    "load_adapter": "lorax.formats.peft",
+    "load_model": "lorax.formats.huggingface",
+    "load_tokenizer": "lorax.formats.huggingface",
+    "merge_adapter": "lorax.adapters.merge",
+    "print_trainable_parameters": "lorax.adapters.inject",
+    "quantize": "lorax.quant.nf4",
+    "save_adapter": "lorax.formats.peft",
+    "save_model": "lorax.formats.huggingface",
+    "train": "lorax.training.loop",
+    "unload_adapter": "lorax.adapters.merge",
+    "unmerge_adapter": "lorax.adapters.merge",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 - a list of names, made from the table above
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in {"adapters", "data", "formats", "inference", "kernels", "models", "quant"}:
+        return import_module(f"lorax.{name}")
+    raise AttributeError(f"module 'lorax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

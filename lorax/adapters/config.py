@@ -1,0 +1,213 @@
+"""LoRAConfig: PEFT's names, defaults and meaning; and which modules it picks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorax.errors import AdapterError
+
+# What PEFT adapts where target_modules is not given, by model type.
+DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
+
+# PEFT's further keys for LoRA (0.21.2) and their defaults. At its default a key changes nothing;
+# any other value asks for something that lorax does not have yet, and is refused by name.
+NOT_COVERED: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "velora_config": None,
+}
+# Keys that say nothing about the result.
+DESCRIPTIVE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """How LoRA is put into a model.
+
+    r: the rank. lora_alpha: the scale's numerator; the path is scaled by lora_alpha / r, or by
+        lora_alpha / sqrt(r) with use_rslora.
+    target_modules: names ("q_proj" matches every path that ends in it), one regular expression
+        that must match whole paths, or "all-linear"; None takes the model's usual ones.
+    exclude_modules: names or one regular expression that are left out.
+    lora_dropout: the share of the inputs that the path does not see while training.
+    fan_in_fan_out: said of GPT-2's Conv1D; lorax sees to it itself and only keeps the word.
+    bias: "none".
+    init_lora_weights: True (A kaiming-uniform, B zero), "gaussian" (A ~ N(0, 1/r)), or False
+        (both random: the adapter changes the model from the start).
+    layers_to_transform: only these layers, by number; with target_modules as names only.
+    layers_pattern: the word before the number, where the paths have several.
+    rank_pattern, alpha_pattern: {path's end or expression: value} for single layers.
+
+    Raises:
+        AdapterError: a value that is impossible or not covered.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("target_modules", "exclude_modules"):
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, str | list):
+                object.__setattr__(self, key, sorted(value))  # PEFT's users pass sets and tuples
+        _check_rank("r", self.r)
+        _check_alpha("lora_alpha", self.lora_alpha)
+        for name, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{name!r}]", rank)
+        for name, alpha in self.alpha_pattern.items():
+            _check_alpha(f"alpha_pattern[{name!r}]", alpha)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise AdapterError(f"lora_dropout is {self.lora_dropout}; expected 0 <= p < 1")
+        if self.bias != "none":
+            raise AdapterError(f"bias is {self.bias!r}; lorax covers bias = 'none'")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise AdapterError(
+                f"init_lora_weights is {self.init_lora_weights!r}; "
+                "lorax covers true, false and 'gaussian'"
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise AdapterError("layers_to_transform goes with target_modules as a list of names")
+        self._compile_patterns()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "adapter") -> LoRAConfig:
+        """Build from PEFT's keys, as adapter_config.json holds them.
+
+        Raises:
+            AdapterError: a key that PEFT does not have, or one that is not covered and asks for
+                something; `where` opens the message.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key, value in values.items():
+            if key in NOT_COVERED and value not in (NOT_COVERED[key], None, False):
+                raise AdapterError(f"{where}: {key} = {value!r} is not covered by lorax")
+            if key not in known and key not in NOT_COVERED and key not in DESCRIPTIVE:
+                if value in (None, False) or value == {}:
+                    continue  # a newer PEFT's key at rest
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise AdapterError(f"{where}: {key} = {value!r} is unknown{hint}")
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def rank(self, module_name: str) -> int:
+        """The rank of the layer of that path."""
+        return self._pattern_value(self.rank_pattern, module_name, self.r)
+
+    def scaling(self, module_name: str) -> float:
+        """What the low-rank path of that layer is multiplied by."""
+        alpha = self._pattern_value(self.alpha_pattern, module_name, self.lora_alpha)
+        rank = self.rank(module_name)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def selects(self, name: str) -> bool:
+        """Whether this path is a target, by PEFT's rules (for a given target_modules)."""
+        if self.exclude_modules and _matches(self.exclude_modules, name):
+            return False
+        if not self.target_modules or not _matches(self.target_modules, name):
+            return False
+        if self.layers_to_transform is None or name in self.target_modules:
+            return True  # a whole path in the list is meant as it stands, whatever its layer
+        return self._layer_number(name) in self._layers()
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """The entries of target_modules that match none of these paths."""
+        names = list(names)
+        targets = self.target_modules or []
+        targets = [targets] if isinstance(targets, str) else targets
+        whole = isinstance(self.target_modules, str)
+        return [
+            target
+            for target in targets
+            if not any(_matches(target if whole else [target], name) for name in names)
+        ]
+
+    def _layers(self) -> list[int]:
+        layers = self.layers_to_transform
+        return [layers] if isinstance(layers, int) else list(layers or [])
+
+    def _layer_number(self, name: str) -> int | None:
+        patterns = self.layers_pattern or [r"[^.]*"]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+            if match:
+                return int(match.group(1))
+        return None
+
+    @staticmethod
+    def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+        for key, value in patterns.items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        return default
+
+    def _compile_patterns(self) -> None:
+        """A broken expression is an error here, not somewhere in a search."""
+        expressions = [*self.rank_pattern, *self.alpha_pattern]
+        expressions += [
+            t for t in (self.target_modules, self.exclude_modules) if isinstance(t, str)
+        ]
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise AdapterError(f"{expression!r} is no regular expression ({error})") from None
+
+
+def _matches(patterns: list[str] | str, name: str) -> bool:
+    """A string is an expression for the whole path; a list holds paths or their ends."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def _check_rank(name: str, rank: Any) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 up")
+
+
+def _check_alpha(name: str, alpha: Any) -> None:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise AdapterError(f"{name} is {alpha!r}; expected a finite number")

@@ -1,0 +1,140 @@
+"""Adapters into a model and out of it: which modules, put in place, counted, switched off."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lorax.adapters.config import DEFAULT_TARGETS, LoRAConfig
+from lorax.adapters.lora import LoRALinear
+from lorax.errors import AdapterError
+from lorax.models.gpt2 import GPT2
+from lorax.quant.linear import QuantizedLinear
+
+
+def add_adapter(model: nn.Module, config: LoRAConfig) -> None:
+    """Put LoRA into the model, in place; afterwards the adapter alone requires gradients.
+
+    Raises:
+        AdapterError: the model has an adapter already, a target matches no module or one that is
+            no Linear, or a pattern matches no target. The model is then as it was.
+    """
+    if adapter_layers(model):
+        raise AdapterError("the model has an adapter already; unload_adapter(model) first")
+    config = expand_targets(model, config)
+    targets = _targets(model, config)
+    _check_patterns(config, list(targets))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, base in targets.items():
+        layer = LoRALinear(base, config.rank(name), config.scaling(name), config.lora_dropout)
+        layer.initialize(config.init_lora_weights)
+        replace_module(model, name, layer.train(model.training))
+    model.adapter_config = config  # type: ignore[assignment]
+
+
+def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers by their paths."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def require_adapter(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers, of which there must be some."""
+    layers = adapter_layers(model)
+    if not layers:
+        raise AdapterError("the model has no adapter; add_adapter or load_adapter first")
+    return layers
+
+
+def adapter_config(model: nn.Module) -> LoRAConfig:
+    """The config of the model's adapter, its targets written out."""
+    require_adapter(model)
+    config = model.adapter_config
+    assert isinstance(config, LoRAConfig)
+    return config
+
+
+@contextmanager
+def disabled_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` the model computes as its base alone."""
+    layers = require_adapter(model).values()
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a quantized weight counts as many as it has values."""
+    plain = list(model.parameters())
+    quantized = [m.quantized for m in model.modules() if isinstance(m, QuantizedLinear)]
+    everything = sum(p.numel() for p in plain) + sum(q.shape.numel() for q in quantized)
+    return sum(p.numel() for p in plain if p.requires_grad), everything
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print one line, as PEFT does."""
+    trainable, everything = count_parameters(model)
+    share = 100 * trainable / everything
+    print(
+        f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}"
+    )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module where the one of that path stands."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def expand_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """Write out target_modules: None by the model's kind, "all-linear" by its Linears' paths."""
+    if config.target_modules is None:
+        kind = "gpt2" if isinstance(model, GPT2) else "llama"
+        return dataclasses.replace(config, target_modules=DEFAULT_TARGETS[kind])
+    if config.target_modules != "all-linear":
+        return config
+    names = [n for n, m in model.named_modules() if _is_linear(m) and n != "lm_head"]
+    return dataclasses.replace(config, target_modules=names)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | QuantizedLinear)
+
+
+def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    modules = {name: module for name, module in model.named_modules() if name}
+    unmatched = config.unmatched(modules)
+    if unmatched:
+        linears = sorted({name.rpartition(".")[2] for name, m in modules.items() if _is_linear(m)})
+        raise AdapterError(
+            f"target_modules: {unmatched} match no module; the Linears are called {linears}"
+        )
+    targets = {name: module for name, module in modules.items() if config.selects(name)}
+    if not targets:
+        raise AdapterError(
+            "no module is left to adapt: exclude_modules or layers_to_transform take them all out"
+        )
+    for name, module in targets.items():
+        if not _is_linear(module):
+            raise AdapterError(
+                f"target_modules: {name} is a {type(module).__name__}; lorax adapts Linears"
+            )
+    return targets
+
+
+def _check_patterns(config: LoRAConfig, targets: list[str]) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in getattr(config, key).items():
+            alone = dataclasses.replace(
+                config, r=1, lora_alpha=1, rank_pattern={pattern: 2}, alpha_pattern={}
+            )
+            if not any(alone.rank(name) == 2 for name in targets):
+                raise AdapterError(f"{key}: {pattern!r} (for {value}) matches no adapted module")

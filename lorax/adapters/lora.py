@@ -1,0 +1,97 @@
+"""LoRALinear: a frozen base, held, and a low-rank path beside it (Hu et al. 2021, arXiv:2106.09685).
+
+    y = base(x) + scaling * (dropout(x) A^T) B^T
+
+    x (M, in) --+-- base: W (out, in), frozen, of any kind -------------+--> y (M, out)
+                |                                                       |
+                +-- dropout -- A (r, in) --- (M, r) --- B (out, r) --*s-+
+
+B starts at zero, so the adapted model is the base model at first. A and B are float32, whatever the
+base is; on a 16-bit base they are cast to the base's dtype for the product, so that gradients reach
+float32 masters while the matrix work runs in 16 bits. (PEFT casts the input up instead.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorax.quant.linear import QuantizedLinear
+
+
+class LoRALinear(nn.Module):
+    """A frozen Linear with a trainable low-rank path.
+
+    Args:
+        base: any frozen layer with in_features and out_features that maps (..., in) to (..., out).
+        r: the rank.
+        scaling: what the path is multiplied by.
+        dropout: the probability with which the path's inputs are zeroed in training mode.
+
+    `merged`, where it is set, is the base and the path in one dense Linear; the base itself is
+    never written to, so that taking `merged` away again gives it back bit for bit.
+    """
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, dropout: float = 0.0):
+        super().__init__()
+        self.base_layer = base
+        self.in_features = int(base.in_features)  # type: ignore[arg-type]
+        self.out_features = int(base.out_features)  # type: ignore[arg-type]
+        self.r = r
+        self.scaling = scaling
+        self.dropout = dropout
+        device = _device(base)
+        self.lora_A = nn.Parameter(torch.zeros(r, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+        self.merged: nn.Linear | None = None
+        self.enabled = True
+
+    def initialize(self, how: bool | str) -> None:
+        """Draw A and B from torch's global generator; see `LoRAConfig.init_lora_weights`."""
+        if how == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+            nn.init.zeros_(self.lora_B)
+            return
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if how is True:
+            nn.init.zeros_(self.lora_B)
+        else:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if not self.enabled:
+            return self.base_layer(x)
+        if self.merged is not None:
+            return self.merged(x)
+        y = self.base_layer(x)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        h = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
+        B = self.lora_B.to(x.dtype)
+        path = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=self.scaling)
+        return path.view(y.shape)
+
+    def delta(self) -> Tensor:
+        """What the path adds to the weight: scaling * B A, (out, in) float32."""
+        return (self.lora_B.detach() @ self.lora_A.detach()).mul_(self.scaling)
+
+    def dense_base(self) -> nn.Linear:
+        """The base as a plain Linear: itself, or dequantized."""
+        if isinstance(self.base_layer, QuantizedLinear):
+            return self.base_layer.dense()
+        assert isinstance(self.base_layer, nn.Linear)
+        return self.base_layer
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of this layer."""
+        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def _device(base: nn.Module) -> torch.device:
+    if isinstance(base, QuantizedLinear):
+        return base.quantized.device
+    return next(base.parameters()).device

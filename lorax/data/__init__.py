@@ -1,0 +1,1 @@
+"""From a file to batches with a loss mask: tokenizer, templates, examples, batches."""

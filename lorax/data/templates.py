@@ -1,0 +1,119 @@
+"""Chat templates: a program from a stranger's file, run where it can do no harm.
+
+A chat template is Jinja source that comes with a model. lorax renders it in a process of its own:
+
+    parent                                    worker (python -m lorax.data.template_worker)
+    {"source", "variables"}   -- a line -->   jinja2's immutable sandbox, limited memory
+    {"text", "spans"}         <-- a line --   or {"error"}
+
+so that a loop without end is stopped by the clock, and a string without end by the memory limit;
+neither is possible inside the process that trains. The worker imports jinja2 and nothing of torch,
+starts with the first rendering (about 0.1 s), and serves all that follow.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from lorax.errors import TemplateError
+
+MAX_SOURCE_CHARACTERS = 2**20
+MAX_SECONDS = 5.0  # a rendering takes well under a millisecond
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation.
+
+    spans: [start, end) in characters of what `{% generation %}` marks: what the assistant says.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+class ChatTemplate:
+    """One template, ready to be rendered."""
+
+    def __init__(self, source: str):
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise TemplateError(
+                f"chat template: {len(source)} characters; at most {MAX_SOURCE_CHARACTERS}"
+            )
+        self.source = source
+
+    def render(self, **variables: Any) -> Rendered:
+        """Render with these variables.
+
+        Raises:
+            TemplateError: a syntax error, an undefined name, something that the sandbox forbids,
+                the template's own raise_exception, or too much time, memory or output.
+        """
+        answer = _worker.ask({"source": self.source, "variables": variables})
+        if "error" in answer:
+            raise TemplateError(f"chat template: {answer['error']}")
+        return Rendered(answer["text"], tuple((start, end) for start, end in answer["spans"]))
+
+
+class _Worker:
+    """The rendering process: started when needed, stopped for good when it overstays."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Send one line, wait for one line."""
+        with self._lock:
+            process = self._running()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                process.stdin.write(json.dumps(question) + "\n")
+                process.stdin.flush()
+            except (TypeError, ValueError) as error:
+                raise TemplateError(f"chat template: messages are no plain data ({error})") from None
+            except OSError:
+                return self._stopped("its process ended")
+            with selectors.DefaultSelector() as selector:
+                selector.register(process.stdout, selectors.EVENT_READ)
+                if not selector.select(MAX_SECONDS):
+                    return self._stopped(f"took longer than {MAX_SECONDS:g} seconds")
+            line = process.stdout.readline()
+            if not line.endswith("\n"):
+                return self._stopped("used too much memory")
+            return json.loads(line)
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "lorax.data.template_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+                start_new_session=True,  # Ctrl-C belongs to the parent
+            )
+            assert self._process.stdout is not None
+            if self._process.stdout.readline() != "ready\n":
+                raise TemplateError("chat template: the rendering process did not start")
+        return self._process
+
+    def _stopped(self, reason: str) -> dict[str, Any]:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    stream.close()
+            self._process = None
+        return {"error": f"{reason} and was stopped"}
+
+
+_worker = _Worker()

@@ -1,0 +1,124 @@
+"""A tokenizer with its special tokens and its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import tokenizers
+
+from lorax.data.templates import ChatTemplate, Rendered
+from lorax.errors import TemplateError
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    backend: the `tokenizers.Tokenizer` that does the work.
+    bos_token, eos_token, pad_token: special tokens, or None.
+    chat_template: Jinja source, or None.
+    end_token_ids: where generation stops; the eos token is always among them.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
+        chat_template: str | None = None,
+        end_token_ids: Sequence[int] = (),
+    ):
+        self.backend = backend
+        self.bos_token = bos_token
+        self.eos_token = eos_token
+        self.pad_token = pad_token
+        self.chat_template = chat_template
+        eos = [] if self.eos_token_id is None else [self.eos_token_id]
+        self.end_token_ids = tuple(dict.fromkeys([*eos, *end_token_ids]))
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, the added ones included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of the first token of a text, if there is one."""
+        return self._id(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of the end token, if there is one."""
+        return self._id(self.eos_token)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills a batch's short rows: the pad token, else eos, else 0. It is always masked."""
+        for token in (self.pad_token, self.eos_token):
+            token_id = self._id(token)
+            if token_id is not None:
+                return token_id
+        return 0
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; with what the tokenizer's own rules put around a text (often a bos token).
+
+        A text that begins with the bos token already does not get a second one.
+        """
+        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        bos = self.bos_token_id
+        if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
+            return ids[1:]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text behind token ids."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """What stands before every text: [bos] or nothing."""
+        ids = self.backend.encode("a", add_special_tokens=True).ids
+        return ids[:1] if self.bos_token_id is not None and ids[0] == self.bos_token_id else []
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
+    ) -> str:
+        """The conversation as one text, special tokens spelled out.
+
+        Args:
+            messages: [{"role": "user", "content": "..."}, ...].
+            add_generation_prompt: end with the words that open the assistant's next answer.
+
+        Raises:
+            TemplateError: there is no template, it fails, or it leaves its bounds.
+        """
+        return self.render_chat(messages, add_generation_prompt).text
+
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
+    ) -> Rendered:
+        """As `apply_chat_template`, with the places that `{% generation %}` marks."""
+        if self.chat_template is None:
+            raise TemplateError(
+                "this tokenizer has no chat template; use prompts and completions, or a model "
+                "that was tuned for chat"
+            )
+        return self._template.render(
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self.bos_token or "",
+            eos_token=self.eos_token or "",
+            pad_token=self.pad_token or "",
+        )
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        assert self.chat_template is not None
+        return ChatTemplate(self.chat_template)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self.backend.token_to_id(token)

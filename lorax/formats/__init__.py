@@ -1,0 +1,1 @@
+"""Other programs' files: the only rooms that know how they look."""

@@ -1,0 +1,82 @@
+"""Writing a directory so that a reader sees all of it or nothing.
+
+The files go into a hidden directory beside the target; each is flushed to the disk; then one rename
+puts it in place. Where the target is there already, its files are replaced one by one, each by a
+rename. What goes wrong on the way (a full disk, a missing permission) leaves no litter, and the
+target as it was.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lorax.errors import EnvironmentProblem, UsageError
+
+
+@contextmanager
+def written_directory(target: Path | str, *, replace: bool = False) -> Iterator[Path]:
+    """Give a directory to write into; on leaving, it becomes `target`.
+
+    Args:
+        target: may be missing or empty; with `replace` it may hold files, and those of the same
+            names are replaced.
+        replace: see above.
+
+    Raises:
+        UsageError: `target` is a file, or a directory with something in it and no `replace`.
+        EnvironmentProblem: the disk is full or refuses.
+    """
+    target = Path(target)
+    if target.is_symlink() or target.exists():
+        if not target.is_dir():
+            raise UsageError(f"{target}: is a file; expected a directory to write")
+        if not replace and any(target.iterdir()):
+            raise UsageError(f"{target}: is not empty; choose another directory or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
+    except OSError as error:
+        raise EnvironmentProblem(f"{target}: cannot be written ({error.strerror})") from None
+    try:
+        yield temporary
+        _settle(temporary)
+        _move(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise EnvironmentProblem(f"{target}: could not be written ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _settle(directory: Path) -> None:
+    """Give all below the usual mode (mkdtemp and safetensors leave 0600) and flush it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    directory.chmod(0o777 & ~umask)
+    for path in directory.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        if path.is_file():
+            _sync(path)
+    _sync(directory)
+
+
+def _move(temporary: Path, target: Path) -> None:
+    if target.exists() and any(target.iterdir()):
+        for path in sorted(temporary.iterdir()):
+            os.replace(path, target / path.name)
+        _sync(target)
+    else:
+        os.rename(temporary, target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,233 @@
+"""llama.cpp's GGUF: a model and its tokenizer in one file, read through the gguf package.
+
+Names and two layouts differ from Hugging Face's. The rows of q and k are permuted, because ggml
+rotates neighbouring pairs (2i, 2i + 1) where transformers rotates (i, i + D / 2). And Llama 3's
+stretching of the rotations is stored as the finished factors, not as the four numbers behind them.
+Quantized tensors (Q4_1, Q8_0, K-quants ...) are decoded to float32 by the package.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+from lorax.data.tokenizer import Tokenizer
+from lorax.errors import FormatError, UnsupportedModel
+from lorax.models.llama import Llama3Scaling, LlamaConfig, inverse_frequencies
+
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+# The two settings of Llama 3.1 and 3.2, of which a GGUF keeps the outcome only.
+_LLAMA3 = (Llama3Scaling(8.0, 1.0, 4.0, 8192), Llama3Scaling(32.0, 1.0, 4.0, 8192))
+
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONTROL, _USER_DEFINED = 3, 4  # ggml's kinds of tokens
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Open a .gguf file of a Llama.
+
+    Raises:
+        FormatError: the file is damaged. UnsupportedModel: another architecture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import gguf
+
+            reader = gguf.GGUFReader(path)
+            short = {n: f.contents() for n, f in reader.fields.items() if len(f.data) <= 1}
+    except Exception as error:  # the reader has no error class of its own
+        raise FormatError(f"{path}: not a readable GGUF file ({error!r})") from None
+    return GGUFFile(path, short, {tensor.name: tensor for tensor in reader.tensors}, reader)
+
+
+class GGUFFile:
+    """An open file: its config, its tensors under Hugging Face's names, its tokenizer."""
+
+    def __init__(self, path: Path, fields: dict[str, Any], tensors: dict[str, Any], reader: Any):
+        self.path = path
+        self._fields = fields  # those of one value; the vocabulary takes seconds to decode
+        self._reader = reader
+        self._tensors = {_hf_name(name): t for name, t in tensors.items() if name != _ROPE_FACTORS}
+        self.config = self._read_config(tensors.get(_ROPE_FACTORS))
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names in a Hugging Face model."""
+        return list(self._tensors)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """float32 for what was quantized, else the tensor's own."""
+        kind = self._tensors[name].tensor_type.name
+        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, decoded, its rows in Hugging Face's order."""
+        import gguf
+
+        stored = self._tensors[name]
+        try:
+            values = gguf.quants.dequantize(stored.data, stored.tensor_type)
+        except Exception as error:  # NotImplementedError for exotic types, ValueError for damage
+            kind = stored.tensor_type.name
+            raise FormatError(f"{self.path}: {name} ({kind}) cannot be decoded ({error})") from None
+        tensor = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped
+        if name.endswith("q_proj.weight"):
+            return _unpermute(tensor, self.config.num_attention_heads)
+        if name.endswith("k_proj.weight"):
+            return _unpermute(tensor, self.config.num_key_value_heads)
+        return tensor
+
+    def tokenizer(self) -> Tokenizer:
+        """The byte-level BPE tokenizer in the file's metadata."""
+        fields = dict(self._fields)
+        for name in ("tokens", "token_type", "merges"):
+            field = self._reader.fields.get(f"tokenizer.ggml.{name}")
+            if field is not None:
+                fields[f"tokenizer.ggml.{name}"] = field.contents()
+        return _build_tokenizer(fields, str(self.path))
+
+    def _field(self, key: str, default: Any = None) -> Any:
+        value = self._fields.get(key, default)
+        if value is None:
+            raise FormatError(f"{self.path}: {key} is missing")
+        return value
+
+    def _read_config(self, rope_factors: Any) -> LlamaConfig:
+        architecture = self._field("general.architecture")
+        if architecture != "llama":
+            raise UnsupportedModel(f"{self.path}: architecture {architecture!r}; only llama is read")
+        for refused in ("llama.expert_count", "llama.rope.scaling.type"):
+            if self._fields.get(refused) not in (None, 0, "none"):
+                raise UnsupportedModel(f"{self.path}: {refused} is not covered")
+        width = int(self._field("llama.embedding_length"))
+        heads = int(self._field("llama.attention.head_count"))
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise FormatError(f"{self.path}: tensor token_embd.weight is missing")
+        config = LlamaConfig(
+            vocab_size=int(embedding.shape[1]),
+            hidden_size=width,
+            intermediate_size=int(self._field("llama.feed_forward_length")),
+            num_hidden_layers=int(self._field("llama.block_count")),
+            num_attention_heads=heads,
+            num_key_value_heads=int(self._field("llama.attention.head_count_kv", heads)),
+            head_dim=int(self._field("llama.attention.key_length", width // heads)),
+            # Written as float32; the shortest decimal that means the same is what was meant.
+            rms_norm_eps=float(str(np.float32(self._field("llama.attention.layer_norm_rms_epsilon")))),
+            rope_theta=float(self._field("llama.rope.freq_base", 10000.0)),
+            max_position_embeddings=int(self._field("llama.context_length")),
+            tie_word_embeddings="lm_head.weight" not in self._tensors,
+        )
+        if rope_factors is None:
+            return config
+        return _with_scaling(config, torch.tensor(rope_factors.data), str(self.path))
+
+
+def _with_scaling(config: LlamaConfig, factors: Tensor, where: str) -> LlamaConfig:
+    plain = inverse_frequencies(config, torch.device("cpu"))
+    for scaling in _LLAMA3:
+        scaled = replace(config, llama3_scaling=scaling)
+        mine = plain / inverse_frequencies(scaled, torch.device("cpu"))
+        if mine.shape == factors.shape and torch.allclose(mine, factors.float(), rtol=1e-4):
+            return scaled
+    raise UnsupportedModel(f"{where}: {_ROPE_FACTORS} is neither Llama 3.1's nor Llama 3.2's")
+
+
+def _hf_name(name: str) -> str:
+    if name in _NAMES:
+        return _NAMES[name]
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    return name
+
+
+def _unpermute(weight: Tensor, heads: int) -> Tensor:
+    """Rows of each head from (0, D/2, 1, D/2 + 1, ...) back to (0, 1, 2, ...)."""
+    rows, width = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
+
+
+def _build_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
+    kind = fields.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise UnsupportedModel(
+            f"{where}: a tokenizer of kind {kind!r}; only byte-level BPE (gpt2) is read from GGUF, "
+            "so load the tokenizer from the model's Hugging Face directory"
+        )
+    try:
+        tokens: list[str] = fields["tokenizer.ggml.tokens"]
+        kinds: list[int] = fields["tokenizer.ggml.token_type"]
+        merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+        special = {
+            key: tokens[fields[f"tokenizer.ggml.{name}_token_id"]]
+            for key, name in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))
+            if f"tokenizer.ggml.{name}_token_id" in fields
+        }
+        backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    except Exception as error:  # KeyError, IndexError, and the tokenizers package's plain Exception
+        raise FormatError(f"{where}: the tokenizer's fields do not fit ({error!r})") from None
+    backend.pre_tokenizer = _pre_tokenizer(fields.get("tokenizer.ggml.pre"), where)
+    backend.decoder = decoders.ByteLevel()
+    for token, token_kind in zip(tokens, kinds, strict=False):
+        if token_kind in (_CONTROL, _USER_DEFINED):
+            added = AddedToken(token, special=token_kind == _CONTROL, normalized=False)
+            backend.add_tokens([added]) if not added.special else backend.add_special_tokens([added])
+    if fields.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
+        _add_bos(backend, special["bos_token"])
+    return Tokenizer(backend, **special, chat_template=fields.get("tokenizer.chat_template"))
+
+
+def _pre_tokenizer(kind: str | None, where: str) -> pre_tokenizers.PreTokenizer:
+    """How a text is cut before the merges: each family has its own expression."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if kind == "smollm":
+        first: Any = pre_tokenizers.Digits(individual_digits=True)
+        split = pre_tokenizers.Split(Regex(_GPT2_SPLIT), "isolated")
+        return pre_tokenizers.Sequence([first, split, byte_level])
+    if kind in ("gpt-2", "gpt2"):
+        return pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(_GPT2_SPLIT), "isolated"), byte_level]
+        )
+    if kind in ("llama-bpe", "llama3", "llama-v3"):
+        return pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), byte_level]
+        )
+    raise UnsupportedModel(f"{where}: pre-tokenizer {kind!r}; smollm, gpt-2 and llama-bpe are read")
+
+
+def _add_bos(backend: Backend, bos: str) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    backend.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+    )

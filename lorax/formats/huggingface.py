@@ -1,0 +1,264 @@
+"""Models and tokenizers from a directory, the Hub or a .gguf file; models back into a directory.
+
+A model is built without memory first (on torch's meta device); then its tensors are read one at a
+time, cast, quantized where that is asked for, and put in place. So the peak is the finished model
+plus one tensor.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lorax.adapters.inject import replace_module
+from lorax.adapters.lora import LoRALinear
+from lorax.data.tokenizer import Tokenizer
+from lorax.errors import EnvironmentProblem, FormatError, UnsupportedModel, UsageError
+from lorax.formats import gguf_files, tokenizer_files
+from lorax.formats.directory import written_directory
+from lorax.formats.json_files import read_json
+from lorax.formats.model_config import (
+    DTYPES,
+    Model,
+    embedding_name,
+    new_model,
+    read_config,
+    stated_dtype,
+    write_config,
+)
+from lorax.formats.safetensors_files import MAX_SHARD_BYTES, open_checkpoint, write_checkpoint
+from lorax.models.gpt2 import GPT2
+from lorax.quant.linear import QuantizedLinear
+from lorax.quant.nf4 import check_request, quantize
+
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+# Buffers that old checkpoints carry beside the weights.
+_NO_WEIGHTS = re.compile(r"(\.attn\.(bias|masked_bias)|\.rotary_emb\.inv_freq)$")
+# GPT-2's Conv1D keeps these as (in, out).
+_CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+
+
+class TensorSource(Protocol):
+    """Where a model's tensors come from."""
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its dtype, without reading it."""
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    quantization: str | None = None,
+    *,
+    revision: str | None = None,
+) -> Model:
+    """Load a Llama or GPT-2, frozen and in eval mode.
+
+    Args:
+        path: a model directory in Hugging Face's layout, a `.gguf` file, or a Hub id.
+        dtype: "auto" (what config.json says, else the file's own), a name like "bfloat16", or a
+            torch.dtype: what the weights are cast to, before any quantization.
+        device: where the model lives.
+        quantization: None, "nf4" or "nf4-dq": the weight of every Linear but `lm_head`.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UnsupportedModel: an architecture or option that lorax does not cover, by name.
+        FormatError: a damaged or incomplete checkpoint, with the file and the tensor.
+        UsageError: an unknown dtype or quantization; EnvironmentProblem: no such path or id.
+    """
+    if quantization is not None:
+        check_request(quantization, name="quantization")
+    wanted = as_dtype(dtype)
+    where = find_model(path, revision)
+    if where.suffix == ".gguf":
+        gguf = gguf_files.open_gguf(where)
+        model = new_model(gguf.config)
+        stated = None
+        source: TensorSource = gguf
+    else:
+        found = read_json(where / "config.json")
+        _refuse_quantized(found, where)
+        model = new_model(read_config(found, str(where / "config.json")))
+        stated = stated_dtype(found)
+        source = open_checkpoint(where)
+    names = _match_names(model, source.names, where)
+    wanted = wanted or stated or source.dtype(names[embedding_name(model)])
+    _fill(model, source, names, wanted, torch.device(device), quantization)
+    model.name_or_path = os.fspath(path)
+    return model
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
+    """Load the tokenizer that lies beside a model (`path` as in `load_model`)."""
+    where = find_model(path, revision)
+    if where.suffix == ".gguf":
+        return gguf_files.open_gguf(where).tokenizer()
+    return tokenizer_files.read_tokenizer(where)
+
+
+def save_model(
+    model: Model, path: str | os.PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write a model directory that transformers opens; `path` must be missing or empty.
+
+    Raises:
+        UsageError: an adapter is still attached, the model is quantized, or `path` is taken.
+        EnvironmentProblem: the disk is full or refuses; nothing is left behind.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            raise UsageError(
+                f"{name} carries an adapter: unload_adapter(model, merge=True) first, "
+                "or save_adapter for the adapter alone"
+            )
+        if isinstance(module, QuantizedLinear):
+            raise UsageError(
+                f"{name} is quantized ({module.quantized.format}); "
+                "load the model without quantization to save it"
+            )
+    tensors = model.state_dict()
+    if model.lm_head.weight is model.get_parameter(embedding_name(model)):
+        del tensors["lm_head.weight"]
+    if isinstance(model, GPT2):
+        tensors = {n: t.t() if _CONV1D.search(n) else t for n, t in tensors.items()}
+    with written_directory(Path(path)) as directory:
+        write_checkpoint(tensors, directory, max_shard_bytes)
+        text = json.dumps(write_config(model), indent=2) + "\n"
+        (directory / "config.json").write_text(text)
+
+
+def find_model(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The local directory or .gguf file behind a path or Hub id (downloaded if need be)."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.suffix == ".gguf" or local.is_file():
+        if not local.is_file():
+            raise EnvironmentProblem(f"{local}: no such file")
+        if local.suffix != ".gguf":
+            raise FormatError(f"{local}: expected a model directory, a .gguf file or a Hub id")
+        return local
+    name = os.fspath(path)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise EnvironmentProblem(f"{name}: no such directory, and no Hub id")
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises its own, httpx's and OSErrors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise EnvironmentProblem(
+            f"{name}: no such directory here, and the Hub did not give it ({reason})"
+        ) from None
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The torch dtype behind a name; None for "auto"."""
+    if dtype == "auto":
+        return None
+    found = DTYPES.get(dtype, None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise UsageError(f"dtype {dtype!r} is unknown; expected auto, {', '.join(DTYPES)}")
+    return found
+
+
+def _refuse_quantized(found: dict[str, object], where: Path) -> None:
+    settings = found.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise UnsupportedModel(
+            f"{where}: a checkpoint that is quantized already ({method}); "
+            "load the original and pass quantization="
+        )
+
+
+def _match_names(model: Model, found: list[str], where: Path) -> dict[str, str]:
+    """The model's tensor names -> the file's; every name on either side must have a partner."""
+    expected = set(model.state_dict())
+    prefix = "transformer." if isinstance(model, GPT2) else "model."
+    names = {}
+    for name in found:
+        if _NO_WEIGHTS.search(name):
+            continue
+        mine = name if name in expected else prefix + name
+        if mine not in expected:
+            raise FormatError(f"{where}: tensor {name} has no place in the model that config.json states")
+        names[mine] = name
+    if model.config.tie_word_embeddings:
+        expected.discard("lm_head.weight")
+    missing = sorted(expected - set(names))
+    if missing:
+        raise FormatError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    return names
+
+
+def _fill(
+    model: Model,
+    source: TensorSource,
+    names: dict[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None,
+) -> None:
+    tied = model.config.tie_word_embeddings
+    modules = dict(model.named_modules())
+    for mine, theirs in names.items():
+        module_name, _, parameter = mine.rpartition(".")
+        module = modules[module_name]
+        tensor = _shaped(source.read(theirs), mine, getattr(module, parameter).shape, model)
+        if tied and module is model.lm_head:
+            _check_tied(tensor, source.read(names[embedding_name(model)]), theirs)
+            continue
+        tensor = tensor.to(dtype=dtype, copy=True).to(device).contiguous()
+        if quantization and parameter == "weight" and quantizable(module_name, module):
+            modules[module_name] = QuantizedLinear(quantize(tensor, quantization, name=mine))
+            modules[module_name].bias = module.bias
+            replace_module(model, module_name, modules[module_name])
+        else:
+            setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
+    model.tie_weights()
+    model.eval()
+
+
+def quantizable(name: str, module: nn.Module) -> bool:
+    """Whether this module's weight is quantized: every Linear but the head, as elsewhere."""
+    return isinstance(module, nn.Linear) and name != "lm_head"
+
+
+
+
+def _shaped(tensor: Tensor, name: str, shape: torch.Size, model: Model) -> Tensor:
+    if isinstance(model, GPT2) and _CONV1D.search(name) and tensor.dim() == 2:
+        tensor = tensor.t()
+    if tensor.shape != shape or not tensor.is_floating_point():
+        raise FormatError(
+            f"{name}: found {tuple(tensor.shape)} {tensor.dtype}; expected {tuple(shape)}, floating"
+        )
+    return tensor
+
+
+def _check_tied(head: Tensor, embedding: Tensor, name: str) -> None:
+    if not torch.equal(head, embedding):
+        raise FormatError(
+            f"{name} differs from the embedding, although config.json ties the two; "
+            "set tie_word_embeddings to false if the file is right"
+        )
+
+

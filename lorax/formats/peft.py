@@ -1,0 +1,206 @@
+"""PEFT's adapter directory: adapter_config.json and adapter_model.safetensors, both ways.
+
+    base_model.model.<path of the module>.lora_A.weight    (r, in)
+    base_model.model.<path of the module>.lora_B.weight    (out, r)
+
+Tensors are float32 as a rule. A file with a tensor too many or too few, or of another shape, is
+refused: PEFT loads such a file without a word, and the adapter then is not what its author trained.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorax.adapters.config import NOT_COVERED, LoRAConfig
+from lorax.adapters.inject import (
+    add_adapter,
+    adapter_config,
+    adapter_layers,
+    require_adapter,
+)
+from lorax.adapters.merge import unload_adapter
+from lorax.errors import AdapterError, FormatError
+from lorax.formats.directory import written_directory
+from lorax.formats.json_files import read_json
+from lorax.formats.safetensors_files import read_file, write_file
+from lorax.models.gpt2 import GPT2
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PEFT_VERSION = "0.21.2"  # whose format this is
+_PREFIX = "base_model.model."
+
+_CARD = """---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- base_model:adapter:{base}
+- lora
+- lorax
+---
+
+# LoRA adapter
+
+Trained with lorax: r = {r}, lora_alpha = {alpha}. PEFT and lorax load it:
+
+    PeftModel.from_pretrained(model, "PATH")        lorax.load_adapter(model, "PATH")
+"""
+
+
+def read_adapter_config(path: str | os.PathLike[str]) -> tuple[LoRAConfig, str | None]:
+    """The config of an adapter directory, and the base model that it names.
+
+    Raises:
+        FormatError: no such file, or damaged. AdapterError: a key that lorax does not cover.
+    """
+    directory = Path(path)
+    file = directory / CONFIG
+    if not file.is_file():
+        raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory")
+    values = read_json(file)
+    if values.get("peft_type") != "LORA":
+        raise AdapterError(f"{file}: peft_type {values.get('peft_type')!r}; lorax reads LORA")
+    _check_types(values, file)
+    base = values.get("base_model_name_or_path")
+    return LoRAConfig.from_dict(values, str(file)), base if isinstance(base, str) else None
+
+
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], trainable: bool = False
+) -> LoRAConfig:
+    """Load a PEFT adapter directory into the model, in place.
+
+    Args:
+        model: a model without an adapter.
+        path: the directory.
+        trainable: whether the adapter requires gradients afterwards.
+
+    Raises:
+        AdapterError: a tensor is missing, unexpected, of another shape or not finite, or the
+            config does not fit the model. The model is then as it was.
+        FormatError: the directory is incomplete or damaged.
+    """
+    directory = Path(path)
+    config, _ = read_adapter_config(directory)
+    if not (directory / TENSORS).is_file():
+        pickled = (directory / "adapter_model.bin").is_file()
+        hint = "; adapter_model.bin is a pickle: save it again as safetensors" if pickled else ""
+        raise FormatError(f"{directory}: no {TENSORS}{hint}")
+    tensors = read_file(directory / TENSORS)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    parameters = list(model.parameters())
+    with torch.random.fork_rng(devices=[]):
+        add_adapter(model, config)
+    try:
+        _load_tensors(model, tensors, str(directory / TENSORS))
+    except AdapterError:
+        unload_adapter(model)
+        for parameter, wanted in zip(parameters, before, strict=True):
+            parameter.requires_grad_(wanted)
+        raise
+    for layer in adapter_layers(model).values():
+        layer.lora_A.requires_grad_(trainable)
+        layer.lora_B.requires_grad_(trainable)
+    return config
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the model's adapter as a PEFT directory; files of the same names are replaced.
+
+    Raises:
+        AdapterError: there is no adapter, or it is not finite.
+        EnvironmentProblem: the disk is full or refuses; what was there before is intact.
+    """
+    tensors = adapter_tensors(model)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{name} is not finite; an adapter like that is not saved")
+    config = adapter_config(model)
+    base = getattr(model, "name_or_path", "") or None
+    with written_directory(Path(path), replace=True) as directory:
+        write_file(tensors, directory / TENSORS)
+        text = json.dumps(_peft_config(model, config, base), indent=2, sort_keys=False) + "\n"
+        (directory / CONFIG).write_text(text)
+        card = _CARD.format(base=base or "unknown", r=config.r, alpha=config.lora_alpha)
+        (directory / "README.md").write_text(card)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names."""
+    tensors = {}
+    for name, layer in require_adapter(model).items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+    return tensors
+
+
+def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str) -> None:
+    expected = adapter_tensors(model)
+    missing = sorted(set(expected) - set(found))
+    unexpected = sorted(set(found) - set(expected))
+    if missing or unexpected:
+        parts = [f"{len(missing)} missing (first {missing[0]})"] if missing else []
+        parts += [f"{len(unexpected)} unexpected (first {unexpected[0]})"] if unexpected else []
+        raise AdapterError(f"{where}: tensors do not fit the config and model: {', '.join(parts)}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+            raise AdapterError(
+                f"{where}: {name} is {tuple(tensor.shape)} {tensor.dtype}; "
+                f"expected {tuple(expected[name].shape)}, floating"
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{where}: {name} is not finite")
+    for name, tensor in found.items():
+        expected[name].copy_(tensor)
+
+
+def _peft_config(model: nn.Module, config: LoRAConfig, base: str | None) -> dict[str, Any]:
+    """adapter_config.json's content, with the keys that PEFT writes, in its order."""
+    values: dict[str, Any] = {
+        **NOT_COVERED,
+        **dataclasses.asdict(config),
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "fan_in_fan_out": isinstance(model, GPT2),
+        "inference_mode": True,
+        "megatron_core": "megatron.core",
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "qalora_group_size": 16,
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+    }
+    return dict(sorted(values.items()))
+
+
+def _check_types(values: dict[str, Any], file: Path) -> None:
+    """A value of an impossible type is the file's fault and says so."""
+    names = list | str | None
+    kinds: dict[str, Any] = {
+        "target_modules": names,
+        "exclude_modules": names,
+        "rank_pattern": dict | None,
+        "alpha_pattern": dict | None,
+        "lora_dropout": int | float,
+        "use_rslora": bool,
+        "fan_in_fan_out": bool,
+        "init_lora_weights": bool | str,
+        "bias": str,
+        "layers_to_transform": list | int | None,
+        "layers_pattern": names,
+    }
+    for key, kind in kinds.items():
+        if key in values and not isinstance(values[key], kind):
+            raise FormatError(f"{file}: {key} = {values[key]!r} has the wrong type")
+        if isinstance(values.get(key), list):
+            inner = int if key == "layers_to_transform" else str
+            if not all(isinstance(item, inner) for item in values[key]):
+                raise FormatError(f"{file}: {key} = {values[key]!r} has an entry of the wrong type")
+    for key in ("rank_pattern", "alpha_pattern"):
+        values[key] = values.get(key) or {}

@@ -1,0 +1,146 @@
+"""Tensors in safetensors files: one file, or shards named by an index; read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorax.errors import FormatError
+from lorax.formats.json_files import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9  # Hugging Face's default
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorFiles:
+    """The tensors of one or more safetensors files, by name, each read when it is asked for."""
+
+    def __init__(self, files: Iterable[Path]):
+        self.home: dict[str, Path] = {}
+        for path in files:
+            for name in _names(path):
+                if name in self.home:
+                    raise FormatError(f"{path}: tensor {name} stands in {self.home[name]} too")
+                self.home[name] = path
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors' names."""
+        return list(self.home)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, as it is stored."""
+        path = self.home[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise FormatError(f"{path}: tensor {name} cannot be read ({error})") from None
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The tensor's dtype, without reading it."""
+        with safe_open(self.home[name], framework="pt") as file:
+            kind = file.get_slice(name).get_dtype()
+        if kind not in _DTYPES:
+            raise FormatError(f"{self.home[name]}: tensor {name} has the unknown dtype {kind}")
+        return _DTYPES[kind]
+
+
+def open_checkpoint(directory: Path) -> TensorFiles:
+    """Open a model directory's `model.safetensors`, or the shards that its index names.
+
+    Raises:
+        FormatError: neither is there, a shard is missing, or a name in the index leaves the
+            directory.
+    """
+    if (directory / SINGLE).is_file():
+        return TensorFiles([directory / SINGLE])
+    if not (directory / INDEX).is_file():
+        pickles = sorted(directory.glob("*.bin"))
+        hint = f"; {pickles[0].name} is a pickle, which lorax does not open" if pickles else ""
+        raise FormatError(f"{directory}: neither {SINGLE} nor {INDEX} is there{hint}")
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{directory / INDEX}: weight_map must name the tensors' files")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.strip("."):
+            raise FormatError(f"{directory / INDEX}: {name!r} is not a plain file name")
+        if not (directory / name).is_file():
+            raise FormatError(f"{directory / INDEX}: names {name}, which is not there")
+    files = TensorFiles(directory / name for name in sorted(set(weight_map.values())))
+    if set(files.names) != set(weight_map):
+        odd = sorted(set(files.names) ^ set(weight_map))[0]
+        raise FormatError(f"{directory / INDEX}: tensor {odd} is in the index or in a shard only")
+    return files
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file."""
+    files = TensorFiles([path])
+    return {name: files.read(name) for name in files.names}
+
+
+def write_file(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one file; `metadata` gets `format: pt`, which readers ask for."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
+
+
+def write_checkpoint(
+    tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write `model.safetensors`, or shards of at most `max_shard_bytes` and their index."""
+    shards = _split(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        write_file(tensors, directory / SINGLE)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_file({name: tensors[name] for name in names}, directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _split(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    return shards

@@ -1,0 +1,13 @@
+"""The models, each read top to bottom, in plain PyTorch and with Hugging Face's parameter names.
+
+The letters behind shapes, here and everywhere in lorax:
+
+    B  batch            C  model width (hidden_size)      M  rows of a matrix product, B * T
+    T  tokens given     H  query heads                    r  rank of an adapter
+    S  tokens attended  K  key / value heads              V  vocabulary
+    L  layers           D  width of a head                W  weight (out, in)
+
+A model offers `hidden_states(input_ids, cache)` -> (B, T, C), the final norm included; `lm_head`, the
+Linear behind it; `model(input_ids)` -> (B, T, V), the two together; `new_cache`; and the switch
+`gradient_checkpointing`. It knows neither adapters nor quantization: those replace its Linears.
+"""

@@ -1,0 +1,66 @@
+"""Causal attention over grouped heads, and the cache of keys and values for generation."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of the tokens so far, allocated once: 2 x (L, B, K, max_length, D).
+
+    A model calls `append` in each layer and `advance` once at the end of its forward pass.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        max_length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (layers, batch, kv_heads, max_length, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store key and value (B, K, T, D) behind what is there; give all of it, (B, K, S, D)."""
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more as seen."""
+        self.length += tokens
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V, each query seeing the keys up to its own place.
+
+    query (B, H, T, D); key and value (B, K, S, D) with S >= T: the queries are the last T of the S
+    places, and query head h reads key head h // (H / K). Gives (B, H, T, D).
+    """
+    grouped = query.shape[1] != key.shape[1]
+    T, S = query.shape[2], key.shape[2]
+    if T == S:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    mask = None
+    if T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+    return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, heads * D) -> (B, heads, T, D)."""
+    B, T, width = x.shape
+    return x.view(B, T, width // head_dim, head_dim).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, T, D) -> (B, T, heads * D)."""
+    B, heads, T, D = x.shape
+    return x.transpose(1, 2).reshape(B, T, heads * D)

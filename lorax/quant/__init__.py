@@ -1,0 +1,1 @@
+"""Weights in few bits: codebooks, blockwise quantization, packed tensors, frozen Linears."""
