@@ -50,7 +50,7 @@ _HOME = {
     "unmerge_adapter": "lorax.adapters.merge",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 - a list of names, made from the table above
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -82,9 +82,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print one line, as PEFT does."""
     trainable, everything = count_parameters(model)
-    share = 100 * trainable / everything
     print(
-        f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}"
+        f"trainable params: {trainable:,d} || all params: {everything:,d} || "
+        f"trainable%: {100 * trainable / everything:.4f}"
     )
 
 

@@ -1,4 +1,4 @@
-"""LoRALinear: a frozen base, held, and a low-rank path beside it (Hu et al. 2021, arXiv:2106.09685).
+"""LoRALinear: a frozen base, held, and a low-rank path beside it (Hu et al., arXiv:2106.09685).
 
     y = base(x) + scaling * (dropout(x) A^T) B^T
 

@@ -49,7 +49,7 @@ class MergeReport:
 
 
 def merge_adapter(model: nn.Module) -> MergeReport:
-    """Fold the adapter into its layers, in place; `unmerge_adapter` takes it out again, bit for bit.
+    """Fold the adapter into its layers, in place; `unmerge_adapter` takes it out, bit for bit.
 
     Memory: one dense weight more for each adapted layer, until unmerged or unloaded.
 
@@ -113,7 +113,7 @@ def merged_linear(layer: LoRALinear) -> tuple[nn.Linear, float]:
     # The exact sum itself is held in float32, so for a float32 base the loss is that of one
     # addition; it is measured against float64 there.
     if base.weight.dtype == torch.float32:
-        exact = base.weight.detach().double() + delta.double()  # type: ignore[assignment]
+        exact = base.weight.detach().double() + delta.double()
     lost = (weight.to(exact.dtype) - exact).norm().item()
     merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     merged.weight = nn.Parameter(weight, requires_grad=False)

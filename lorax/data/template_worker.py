@@ -22,9 +22,9 @@ _OPEN, _CLOSE = f"<{_MARK}>", f"</{_MARK}>"
 
 
 class AskableUndefined(StrictUndefined):
-    """What is not there may be asked for ("if message.tool_calls"), but neither printed nor used."""
+    """What is not there may be asked for ("if message.tools"), but neither printed nor used."""
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> bool:  # type: ignore[override]
         return False
 
 
@@ -60,7 +60,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         undefined=AskableUndefined,
         extensions=[Generation, loopcontrols],
-        autoescape=False,  # noqa: S701 - the output is a prompt, not HTML
+        autoescape=False,
     )
     env.filters["tojson"] = tojson
     env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}

@@ -78,7 +78,7 @@ class _Worker:
                 process.stdin.write(json.dumps(question) + "\n")
                 process.stdin.flush()
             except (TypeError, ValueError) as error:
-                raise TemplateError(f"chat template: messages are no plain data ({error})") from None
+                raise TemplateError(f"chat template: not plain data ({error})") from None
             except OSError:
                 return self._stopped("its process ended")
             with selectors.DefaultSelector() as selector:

@@ -32,11 +32,8 @@ def written_directory(target: Path | str, *, replace: bool = False) -> Iterator[
         EnvironmentProblem: the disk is full or refuses.
     """
     target = Path(target)
-    if target.is_symlink() or target.exists():
-        if not target.is_dir():
-            raise UsageError(f"{target}: is a file; expected a directory to write")
-        if not replace and any(target.iterdir()):
-            raise UsageError(f"{target}: is not empty; choose another directory or remove it")
+    if not replace or not target.is_dir():
+        check_free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
@@ -50,6 +47,18 @@ def written_directory(target: Path | str, *, replace: bool = False) -> Iterator[
         raise EnvironmentProblem(f"{target}: could not be written ({error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(target: Path) -> None:
+    """Refuse a path where something is already; a missing or empty directory is free.
+
+    Raises:
+        UsageError: see above.
+    """
+    if (target.is_symlink() or target.exists()) and not target.is_dir():
+        raise UsageError(f"{target}: is a file; expected a directory to write")
+    if target.is_dir() and any(target.iterdir()):
+        raise UsageError(f"{target}: is not empty; choose another directory or remove it")
 
 
 def _settle(directory: Path) -> None:

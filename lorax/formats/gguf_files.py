@@ -124,7 +124,9 @@ class GGUFFile:
     def _read_config(self, rope_factors: Any) -> LlamaConfig:
         architecture = self._field("general.architecture")
         if architecture != "llama":
-            raise UnsupportedModel(f"{self.path}: architecture {architecture!r}; only llama is read")
+            raise UnsupportedModel(
+                f"{self.path}: architecture {architecture!r}; only llama is read"
+            )
         for refused in ("llama.expert_count", "llama.rope.scaling.type"):
             if self._fields.get(refused) not in (None, 0, "none"):
                 raise UnsupportedModel(f"{self.path}: {refused} is not covered")
@@ -142,7 +144,9 @@ class GGUFFile:
             num_key_value_heads=int(self._field("llama.attention.head_count_kv", heads)),
             head_dim=int(self._field("llama.attention.key_length", width // heads)),
             # Written as float32; the shortest decimal that means the same is what was meant.
-            rms_norm_eps=float(str(np.float32(self._field("llama.attention.layer_norm_rms_epsilon")))),
+            rms_norm_eps=float(
+                str(np.float32(self._field("llama.attention.layer_norm_rms_epsilon")))
+            ),
             rope_theta=float(self._field("llama.rope.freq_base", 10000.0)),
             max_position_embeddings=int(self._field("llama.context_length")),
             tie_word_embeddings="lm_head.weight" not in self._tensors,
@@ -201,7 +205,9 @@ def _build_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
     for token, token_kind in zip(tokens, kinds, strict=False):
         if token_kind in (_CONTROL, _USER_DEFINED):
             added = AddedToken(token, special=token_kind == _CONTROL, normalized=False)
-            backend.add_tokens([added]) if not added.special else backend.add_special_tokens([added])
+            backend.add_tokens([added]) if not added.special else backend.add_special_tokens(
+                [added]
+            )
     if fields.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
         _add_bos(backend, special["bos_token"])
     return Tokenizer(backend, **special, chat_template=fields.get("tokenizer.chat_template"))

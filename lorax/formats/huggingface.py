@@ -23,14 +23,13 @@ from lorax.formats.directory import written_directory
 from lorax.formats.json_files import read_json
 from lorax.formats.model_config import (
     DTYPES,
-    Model,
-    embedding_name,
     new_model,
     read_config,
     stated_dtype,
     write_config,
 )
 from lorax.formats.safetensors_files import MAX_SHARD_BYTES, open_checkpoint, write_checkpoint
+from lorax.models import Model
 from lorax.models.gpt2 import GPT2
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.nf4 import check_request, quantize
@@ -95,7 +94,7 @@ def load_model(
         stated = stated_dtype(found)
         source = open_checkpoint(where)
     names = _match_names(model, source.names, where)
-    wanted = wanted or stated or source.dtype(names[embedding_name(model)])
+    wanted = wanted or stated or source.dtype(names[model.embedding_name])
     _fill(model, source, names, wanted, torch.device(device), quantization)
     model.name_or_path = os.fspath(path)
     return model
@@ -110,9 +109,15 @@ def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None)
 
 
 def save_model(
-    model: Model, path: str | os.PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model directory that transformers opens; `path` must be missing or empty.
+
+    With a `tokenizer`, its files are written too.
 
     Raises:
         UsageError: an adapter is still attached, the model is quantized, or `path` is taken.
@@ -130,7 +135,7 @@ def save_model(
                 "load the model without quantization to save it"
             )
     tensors = model.state_dict()
-    if model.lm_head.weight is model.get_parameter(embedding_name(model)):
+    if model.lm_head.weight is model.get_parameter(model.embedding_name):
         del tensors["lm_head.weight"]
     if isinstance(model, GPT2):
         tensors = {n: t.t() if _CONV1D.search(n) else t for n, t in tensors.items()}
@@ -138,6 +143,8 @@ def save_model(
         write_checkpoint(tensors, directory, max_shard_bytes)
         text = json.dumps(write_config(model), indent=2) + "\n"
         (directory / "config.json").write_text(text)
+        if tokenizer is not None:
+            tokenizer_files.write_tokenizer(tokenizer, directory)
 
 
 def find_model(path: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -199,7 +206,7 @@ def _match_names(model: Model, found: list[str], where: Path) -> dict[str, str]:
             continue
         mine = name if name in expected else prefix + name
         if mine not in expected:
-            raise FormatError(f"{where}: tensor {name} has no place in the model that config.json states")
+            raise FormatError(f"{where}: tensor {name} has no place in the model of config.json")
         names[mine] = name
     if model.config.tie_word_embeddings:
         expected.discard("lm_head.weight")
@@ -224,7 +231,7 @@ def _fill(
         module = modules[module_name]
         tensor = _shaped(source.read(theirs), mine, getattr(module, parameter).shape, model)
         if tied and module is model.lm_head:
-            _check_tied(tensor, source.read(names[embedding_name(model)]), theirs)
+            _check_tied(tensor, source.read(names[model.embedding_name]), theirs)
             continue
         tensor = tensor.to(dtype=dtype, copy=True).to(device).contiguous()
         if quantization and parameter == "weight" and quantizable(module_name, module):
@@ -240,8 +247,6 @@ def _fill(
 def quantizable(name: str, module: nn.Module) -> bool:
     """Whether this module's weight is quantized: every Linear but the head, as elsewhere."""
     return isinstance(module, nn.Linear) and name != "lm_head"
-
-
 
 
 def _shaped(tensor: Tensor, name: str, shape: torch.Size, model: Model) -> Tensor:
@@ -260,5 +265,3 @@ def _check_tied(head: Tensor, embedding: Tensor, name: str) -> None:
             f"{name} differs from the embedding, although config.json ties the two; "
             "set tie_word_embeddings to false if the file is right"
         )
-
-

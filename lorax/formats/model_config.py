@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from lorax.errors import FormatError, UnsupportedModel
+from lorax.models import Model
 from lorax.models.gpt2 import GPT2, GPT2Config
 from lorax.models.llama import Llama, Llama3Scaling, LlamaConfig
 
-Model = Llama | GPT2
 ModelConfig = LlamaConfig | GPT2Config
 
 MODEL_TYPES = ("llama", "mistral", "gpt2")
@@ -18,7 +18,7 @@ _MAX_SIZE = 2**27
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Options that change the result and that the models do not have: any other value is refused.
-_ONLY = {
+_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama": {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0, None)},
     "mistral": {"hidden_act": ("silu", "swish"), "sliding_window": (None,)},
     "gpt2": {
@@ -28,7 +28,9 @@ _ONLY = {
         "add_cross_attention": (False,),
     },
 }
-_DEFAULTS = {"mistral": {"sliding_window": 4096}}  # what a missing key means there
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4096}
+}  # what a missing key means there
 
 
 def read_config(found: dict[str, Any], where: str) -> ModelConfig:
@@ -55,7 +57,7 @@ def read_config(found: dict[str, Any], where: str) -> ModelConfig:
 def write_config(model: Model) -> dict[str, Any]:
     """Give config.json's content for a model as it stands (its dtype, its tied head or not)."""
     config = model.config
-    embedding = model.get_parameter(embedding_name(model))
+    embedding = model.get_parameter(model.embedding_name)
     fields = dataclasses.asdict(config)
     fields["tie_word_embeddings"] = model.lm_head.weight is embedding
     dtype = str(embedding.dtype).removeprefix("torch.")
@@ -84,7 +86,7 @@ def write_config(model: Model) -> dict[str, Any]:
 
 
 def stated_dtype(found: dict[str, Any]) -> torch.dtype | None:
-    """The dtype that config.json names, in either dialect, if it names one that lorax computes in."""
+    """The dtype that config.json names, in either dialect, if lorax computes in it."""
     return DTYPES.get(str(found.get("dtype") or found.get("torch_dtype")))
 
 
@@ -93,19 +95,6 @@ def new_model(config: ModelConfig) -> Model:
     with torch.device("meta"):
         model: Model = GPT2(config) if isinstance(config, GPT2Config) else Llama(config)
     return model.requires_grad_(False).eval()
-
-
-def embedding_name(model: Model) -> str:
-    """The path of the token embedding's weight."""
-    return "transformer.wte.weight" if isinstance(model, GPT2) else "model.embed_tokens.weight"
-
-
-def max_positions(model: Model) -> int:
-    """How many tokens the model's positions cover."""
-    config = model.config
-    if isinstance(config, GPT2Config):
-        return config.n_positions
-    return config.max_position_embeddings
 
 
 def _read_llama(found: dict[str, Any], where: str) -> LlamaConfig:

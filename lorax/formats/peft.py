@@ -18,16 +18,19 @@ from torch import Tensor, nn
 
 from lorax.adapters.config import NOT_COVERED, LoRAConfig
 from lorax.adapters.inject import (
-    add_adapter,
     adapter_config,
     adapter_layers,
+    add_adapter,
     require_adapter,
 )
 from lorax.adapters.merge import unload_adapter
-from lorax.errors import AdapterError, FormatError
+from lorax.data.tokenizer import Tokenizer
+from lorax.errors import AdapterError, FormatError, UsageError
 from lorax.formats.directory import written_directory
+from lorax.formats.huggingface import load_model, load_tokenizer
 from lorax.formats.json_files import read_json
 from lorax.formats.safetensors_files import read_file, write_file
+from lorax.models import Model
 from lorax.models.gpt2 import GPT2
 
 CONFIG = "adapter_config.json"
@@ -69,6 +72,42 @@ def read_adapter_config(path: str | os.PathLike[str]) -> tuple[LoRAConfig, str |
     _check_types(values, file)
     base = values.get("base_model_name_or_path")
     return LoRAConfig.from_dict(values, str(file)), base if isinstance(base, str) else None
+
+
+def open_model(
+    path: str,
+    base: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    quantization: str | None = None,
+    needs_adapter: bool = False,
+) -> tuple[Model, Tokenizer]:
+    """Load a model, or an adapter with its base, whichever lies at `path`; and its tokenizer.
+
+    Args:
+        path: a model (directory, Hub id, .gguf) or an adapter's directory.
+        base: the base of an adapter, where its config's own entry does not lead to it.
+        dtype, device, quantization: as in `load_model`.
+        needs_adapter: refuse a plain model.
+
+    Raises:
+        UsageError: an adapter that names no base, a plain model with a `base`, or one where an
+            adapter is needed. And all that `load_model` and `load_adapter` raise.
+    """
+    is_adapter = (Path(path) / CONFIG).is_file()
+    if not is_adapter:
+        if needs_adapter or base is not None:
+            raise UsageError(f"{path}: no {CONFIG} there; expected an adapter's directory")
+        model = load_model(path, dtype, device, quantization)
+        return model, load_tokenizer(path)
+    stated = read_adapter_config(path)[1]
+    base = base or stated
+    if base is None:
+        raise UsageError(f"{path}: the adapter names no base model; give one with --base")
+    model = load_model(base, dtype, device, quantization)
+    load_adapter(model, path)
+    return model, load_tokenizer(base)
 
 
 def load_adapter(

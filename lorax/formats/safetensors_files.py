@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: one file, or shards named by an index; read one tensor at a time."""
+"""Tensors in safetensors files, one or several with an index, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def write_checkpoint(
     if len(shards) == 1:
         write_file(tensors, directory / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_file({name: tensors[name] for name in names}, directory / file)

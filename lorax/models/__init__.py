@@ -7,7 +7,13 @@ The letters behind shapes, here and everywhere in lorax:
     S  tokens attended  K  key / value heads              V  vocabulary
     L  layers           D  width of a head                W  weight (out, in)
 
-A model offers `hidden_states(input_ids, cache)` -> (B, T, C), the final norm included; `lm_head`, the
-Linear behind it; `model(input_ids)` -> (B, T, V), the two together; `new_cache`; and the switch
-`gradient_checkpointing`. It knows neither adapters nor quantization: those replace its Linears.
+A model offers `hidden_states(input_ids, cache)` -> (B, T, C), the final norm included; `lm_head`,
+the Linear behind it; `model(input_ids)` -> (B, T, V), the two together; `new_cache`;
+`max_positions`; and the switch `gradient_checkpointing`. It knows neither adapters nor
+quantization: those replace its Linears.
 """
+
+from lorax.models.gpt2 import GPT2
+from lorax.models.llama import Llama
+
+Model = Llama | GPT2

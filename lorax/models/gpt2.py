@@ -6,9 +6,9 @@
         x = x + c_proj(gelu(c_fc(ln_2(x))))
     logits = lm_head(ln_f(x))                                   (B, T, V)
 
-Parameter names are transformers' `GPT2LMHeadModel`'s, but every weight is (out, in): its Conv1D holds
-them the other way round, and `lorax.formats` transposes on the way in and out. The dropout of GPT-2's
-pre-training is left out; an adapter has its own.
+Parameter names are transformers' `GPT2LMHeadModel`'s, but every weight is (out, in): its Conv1D
+holds them the other way round, and `lorax.formats` transposes on the way in and out. The dropout of
+GPT-2's pre-training is left out; an adapter has its own.
 """
 
 from dataclasses import dataclass
@@ -38,6 +38,8 @@ class GPT2Config:
 class GPT2(nn.Module):
     """A GPT-2 with its head: input_ids (B, T) int64 -> logits (B, T, V)."""
 
+    embedding_name = "transformer.wte.weight"
+
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
@@ -45,6 +47,11 @@ class GPT2(nn.Module):
         self.transformer = GPT2Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
+
+    @property
+    def max_positions(self) -> int:
+        """How many tokens the positions cover."""
+        return self.config.n_positions
 
     def tie_weights(self) -> None:
         """Let the head be the embedding where the config says so."""

@@ -1,4 +1,4 @@
-"""Llama, and all that is built like it: Llama 2 and 3.x, SmolLM, TinyLlama, Mistral without a window.
+"""Llama, and what is built like it: Llama 2 and 3.x, SmolLM, TinyLlama, Mistral without window.
 
     x = embed_tokens[ids]                                       (B, T, C)
     for each layer:
@@ -6,8 +6,9 @@
         x = x + down_proj(silu(gate_proj(n)) * up_proj(n))                        n = norm(x)
     logits = lm_head(norm(x))                                   (B, T, V)
 
-Touvron et al. 2023 (arXiv:2302.13971): RMSNorm before each half, rotary positions (arXiv:2104.09864),
-SwiGLU (arXiv:2002.05202). Parameter names are transformers' `LlamaForCausalLM`'s.
+Touvron et al. 2023 (arXiv:2302.13971): RMSNorm before each half, rotary positions
+(arXiv:2104.09864), SwiGLU (arXiv:2002.05202). Parameter names are those of transformers'
+`LlamaForCausalLM`.
 """
 
 import math
@@ -55,6 +56,8 @@ class LlamaConfig:
 class Llama(nn.Module):
     """A Llama with its head: input_ids (B, T) int64 -> logits (B, T, V)."""
 
+    embedding_name = "model.embed_tokens.weight"
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
@@ -62,6 +65,11 @@ class Llama(nn.Module):
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
+
+    @property
+    def max_positions(self) -> int:
+        """How many tokens the positions cover."""
+        return self.config.max_position_embeddings
 
     def tie_weights(self) -> None:
         """Let the head be the embedding where the config says so."""

@@ -69,6 +69,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     n = math.prod(shape)
     blocks = -(-n // block_size)
     double = "nested_offset" in state
+    scale_dtype = torch.uint8 if double else torch.float32
     packed = _take(tensors, "weight").contiguous().view(torch.uint8).flatten()
     if packed.numel() != (n + 1) // 2:
         raise QuantizationError(
@@ -77,7 +78,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     _check_code(_take(tensors, "weight.quant_map"), codebooks.nf4(), "weight.quant_map")
     fields: dict[str, Any] = {
         "packed": packed,
-        "absmax": _sized(tensors, "weight.absmax", blocks, torch.uint8 if double else torch.float32),
+        "absmax": _sized(tensors, "weight.absmax", blocks, scale_dtype),
         "shape": shape,
         "dtype": _DTYPES[state["dtype"]],
         "block_size": block_size,

@@ -50,6 +50,7 @@ def derive_nf4(offset: float = 0.9677083) -> Tensor:
 
     `offset` is the outermost probability, printed with seven digits in the QLoRA code.
     """
+
     def side(count: int) -> Tensor:
         probabilities = torch.linspace(offset, 0.5, count + 1)[:-1]
         return torch.special.ndtri(probabilities.double())

@@ -1,11 +1,11 @@
 """A frozen Linear over a quantized weight; the gradient goes to its input only.
 
-    forward   W = dequantize(q);  y = x W^T + b        W lives in a scratch buffer, then is forgotten
+    forward   W = dequantize(q);  y = x W^T + b        W lives in a scratch buffer, then is gone
     backward  W = dequantize(q);  dx = dy W            so it is decoded again
 
-Nothing of W's size is kept between the two, which is what makes QLoRA fit. The scratch is one buffer
-per thread, device and dtype, grown to the largest weight and used again by every layer: a fresh
-64 MB buffer costs 20 ms in page faults on a CPU, five times the decoding.
+Nothing of W's size is kept between the two, which is what makes QLoRA fit. The scratch is one
+buffer per thread, device and dtype, grown to the largest weight and used again by every layer: a
+fresh 64 MB buffer costs 20 ms in page faults on a CPU, more than the decoding itself.
 """
 
 import threading
@@ -22,7 +22,9 @@ _scratch = threading.local()
 
 def dequantize_into_scratch(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Decode into this thread's scratch buffer: valid until the next call, never to be kept."""
-    buffers: dict[tuple[torch.device, torch.dtype], Tensor] = _scratch.__dict__
+    if not hasattr(_scratch, "buffers"):
+        _scratch.buffers = {}
+    buffers: dict[tuple[torch.device, torch.dtype], Tensor] = _scratch.buffers
     key = (weight.device, dtype)
     size = weight.shape.numel()
     if key not in buffers or buffers[key].numel() < size:

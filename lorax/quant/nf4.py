@@ -18,9 +18,9 @@ the dynamic 8-bit map:
 
 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight: 0.373 saved (not 0.5, as is often said).
 
-Bytes, scales, nested scales and dequantized values equal bitsandbytes'. One difference is meant: its
-CPU code finds the second level's codes in a rounded table, and about 1 in 700 is not the nearest;
-lorax takes the nearest, as bitsandbytes does on CUDA.
+Bytes, scales, nested scales and dequantized values equal bitsandbytes'. One difference is meant:
+its CPU code finds the second level's codes in a rounded table, and about 1 in 700 is not the
+nearest; lorax takes the nearest.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _pack(codes: Tensor) -> Tensor:
 
 @cache
 def _pair_table(device: torch.device) -> Tensor:
-    """For each byte its two values, as one 64-bit entry: (256,) int64 that holds (hi, lo) float32."""
+    """For each byte its two float32 values as one 64-bit entry: (256,) int64."""
     code = codebooks.nf4()
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
     return pairs.to(device).view(torch.int64).flatten()

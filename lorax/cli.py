@@ -1,0 +1,283 @@
+"""The command line: parses, calls, prints; no logic.
+
+Exit codes: 0 ok, 1 a check does not hold, 2 usage or recipe, 3 environment or disk, 4 data or
+files, 5 numerical stop, 130 / 143 signals.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.text import Text
+
+from lorax import __version__
+from lorax.errors import LoraxError, UsageError
+
+if TYPE_CHECKING:
+    from lorax.data.tokenizer import Tokenizer
+    from lorax.models import Model
+
+app = App(
+    name="lorax",
+    version=__version__,
+    help="LoRA and QLoRA from scratch: small enough to read, exact enough to trust.",
+    help_format="plaintext",
+)
+out = Console()
+err = Console(stderr=True)
+
+Quantization = Annotated[str | None, Parameter(help="nf4 or nf4-dq: quantize the base on loading.")]
+Dtype = Annotated[str, Parameter(help="auto, float32 or bfloat16.")]
+Device = Annotated[str, Parameter(help="cpu or cuda.")]
+Base = Annotated[str | None, Parameter(help="The base model, where the adapter's is elsewhere.")]
+Json = Annotated[bool, Parameter(help="Print one JSON object.", negative="")]
+
+
+def main() -> None:
+    """Run the command line; every error that a user can cause is one line on stderr."""
+    try:
+        app(exit_on_error=False)
+    except CycloptsError:
+        sys.exit(2)  # cyclopts has printed what is wrong
+    except LoraxError as error:
+        err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+
+
+@app.command
+def train(
+    recipe: Path,
+    /,
+    *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    dry_run: Annotated[bool, Parameter(help="Check and print the plan only.", negative="")] = False,
+) -> None:
+    """Train an adapter: lorax train recipe.toml --train.learning_rate 1e-4 --data.path my.jsonl
+
+    Any key of the recipe can be given by its path, and then wins over the file.
+
+    Parameters
+    ----------
+    recipe
+        A TOML file; configs/ has some to start from.
+    """
+    from lorax.training.recipe import Recipe
+
+    checked = Recipe.load(recipe, parse_overrides(overrides))
+    if dry_run:
+        from lorax.training.plan import describe
+
+        out.print(describe(checked), markup=False, highlight=False, soft_wrap=True)
+        return
+    from lorax.progress import TrainingProgress
+    from lorax.training.loop import train as run_recipe
+
+    with TrainingProgress(out) as progress:
+        run = run_recipe(checked, progress)
+    out.print(f"adapter  {run.output_dir / 'adapter'}", highlight=False, soft_wrap=True)
+    out.print(f"picture  {run.output_dir / 'loss.png'}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def generate(
+    path: str,
+    prompt: str,
+    *,
+    base: Base = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    raw: Annotated[bool, Parameter(help="No chat template: the prompt as it stands.")] = False,
+    quantization: Quantization = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Let a model, or a model with an adapter, answer a prompt.
+
+    Parameters
+    ----------
+    path
+        A model (directory, Hub id or .gguf) or an adapter's directory.
+    prompt
+        What to answer. Put through the model's chat template if it has one.
+    temperature
+        0 takes the likeliest token each time.
+    """
+    from lorax.inference.generate import stream
+
+    model, tokenizer = _open(path, base, dtype, device, quantization)
+    if tokenizer.chat_template is not None and not raw:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    else:
+        ids = tokenizer.encode(prompt)
+    tokens: list[int] = []
+    shown = ""
+    for token in stream(model, tokenizer, ids, max_new_tokens, temperature, top_p, seed):
+        tokens.append(token)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # half a character: wait for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
+@app.command
+def evaluate(
+    path: str,
+    *,
+    data: Path,
+    base: Base = None,
+    max_length: int = 512,
+    micro_batch_size: int = 4,
+    quantization: Quantization = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Loss and perplexity of a model, or of a model with an adapter, on rows of data.
+
+    Parameters
+    ----------
+    path
+        A model (directory, Hub id or .gguf) or an adapter's directory.
+    data
+        A jsonl, json or csv file, of any kind that training takes.
+    """
+    from lorax.data.examples import load_examples
+    from lorax.training.evaluate import evaluate as measure
+
+    model, tokenizer = _open(path, base, dtype, device, quantization)
+    examples = load_examples(data, tokenizer, max_length)
+    result: dict[str, Any] = measure(model, examples.rows, micro_batch_size, tokenizer.pad_token_id)
+    result |= {"rows": len(examples), "tokens": sum(row.tokens for row in examples.rows)}
+    if json:
+        _print_json(result)
+    else:
+        out.print(
+            f"loss {result['eval_loss']:.4f} nats   perplexity {result['eval_perplexity']:.3f}   "
+            f"({result['tokens']} tokens in {result['rows']} rows)",
+            highlight=False,
+        )
+
+
+@app.command
+def merge(
+    adapter: str,
+    output: Path,
+    /,
+    *,
+    base: Base = None,
+    quantization: Quantization = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Merge an adapter into its base and write a plain model that transformers opens.
+
+    Parameters
+    ----------
+    adapter
+        The adapter's directory.
+    output
+        The model's directory; must be missing or empty.
+    quantization
+        nf4 or nf4-dq merges into the dequantized weights, the ones that a QLoRA adapter was
+        trained on; without it, into the weights as they are in the base's files.
+    """
+    from lorax.adapters.merge import unload_adapter
+    from lorax.formats.directory import check_free
+    from lorax.formats.huggingface import save_model
+
+    check_free(output)
+    model, tokenizer = _open(adapter, base, dtype, device, quantization, needs_adapter=True)
+    report = unload_adapter(model, merge=True)
+    save_model(model, output, tokenizer=tokenizer)
+    out.print(str(report), highlight=False, soft_wrap=True)
+    out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def demo(
+    *,
+    output_dir: Path = Path("runs/demo"),
+    steps: int = 20,
+    model: str | None = None,
+    dtype: Annotated[str, Parameter(help="auto takes bfloat16 where the CPU has it.")] = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Fine-tune a real model on this machine in a few minutes and show what changed.
+
+    QLoRA on SmolLM2-135M-Instruct over questions about Python's standard library; whole modules
+    are held out. `make demo` runs it.
+
+    Parameters
+    ----------
+    output_dir
+        The run's directory; must be missing or empty.
+    steps
+        Optimizer steps of 16 rows.
+    model
+        A model of your own instead.
+    """
+    from lorax.demo import run_demo
+
+    run_demo(out, output_dir, steps, model, dtype, device)
+
+
+def parse_overrides(tokens: tuple[str, ...]) -> dict[str, Any]:
+    """`--section.key value` or `--section.key=value`; values as in TOML, else as text."""
+    overrides: dict[str, Any] = {}
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        key, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or "." not in key:
+            raise UsageError(f"{token}: expected --section.key value, such as --train.epochs 2")
+        if not equals:
+            if not rest:
+                raise UsageError(f"--{key}: its value is missing")
+            value = rest.pop(0)
+        overrides[key] = _toml_value(value)
+    return overrides
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _open(
+    path: str,
+    base: str | None,
+    dtype: str,
+    device: str,
+    quantization: str | None,
+    *,
+    needs_adapter: bool = False,
+) -> tuple[Model, Tokenizer]:
+    from lorax.formats.peft import open_model
+
+    return open_model(
+        path,
+        base,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        needs_adapter=needs_adapter,
+    )
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))

@@ -1,0 +1,108 @@
+"""Text from a model, a token at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lorax.data.tokenizer import Tokenizer
+from lorax.errors import UsageError
+from lorax.models import Model
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> str:
+    """Continue a prompt, which is taken as it stands (no chat template is applied).
+
+    Args:
+        model: on any device; adapters, merged or not, take part.
+        tokenizer: the model's.
+        prompt: the text to continue.
+        max_new_tokens: where to stop if no end token comes.
+        temperature: 0 takes the likeliest token each time; above, logits are divided by it and a
+            token is drawn.
+        top_p: draw from the likeliest tokens that together have this probability.
+        seed: of the draws; None takes torch's global generator.
+
+    Returns:
+        The continuation alone, without special tokens.
+    """
+    ids = tokenizer.encode(prompt)
+    tokens = list(stream(model, tokenizer, ids, max_new_tokens, temperature, top_p, seed))
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def stream(
+    model: Model,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> Iterator[int]:
+    """The new tokens one by one, as they are made; the end token itself is not given.
+
+    Raises:
+        UsageError: an empty prompt, one longer than the model's positions, or a temperature,
+            top_p or count out of range.
+    """
+    room = model.max_positions - len(ids)
+    if not ids or room < 1:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens; expected 1 to {model.max_positions - 1}"
+        )
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
+        raise UsageError(
+            f"temperature {temperature} (>= 0), top_p {top_p} (in (0, 1]) or max_new_tokens "
+            f"{max_new_tokens} (>= 0) is out of range"
+        )
+    return _stream(model, tokenizer, ids, min(max_new_tokens, room), temperature, top_p, seed)
+
+
+def _stream(
+    model: Model,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    count: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+) -> Iterator[int]:
+    device = next(model.parameters()).device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    cache = model.new_cache(1, len(ids) + count)
+    given = torch.tensor([ids], device=device)  # (1, T), then (1, 1)
+    try:
+        for _ in range(count):
+            with torch.inference_mode():
+                hidden = model.hidden_states(given, cache)[:, -1]
+                token = _choose(model.lm_head(hidden)[0].float(), temperature, top_p, generator)
+            if token in tokenizer.end_token_ids:
+                return
+            yield token
+            given = torch.tensor([[token]], device=device)
+    finally:
+        model.train(was_training)
+
+
+def _choose(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> int:
+    """One token from logits (V,)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, tokens = (logits / temperature).softmax(0).sort(descending=True)
+    before = probabilities.cumsum(0) - probabilities  # the likelier ones' share
+    probabilities[before >= top_p] = 0.0
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return int(tokens[drawn])

@@ -1,0 +1,65 @@
+"""Cross entropy over a vocabulary, without keeping the logits.
+
+With N trained tokens and a vocabulary of V the logits are (N, V): at 4 x 512 tokens and V = 128,256
+that is 1 GB in float32, and as much again for their gradient. Two savings change no number:
+
+- Only the hidden states in front of a trained token go through the head, not prompts and padding.
+- Over a frozen head the gradient of the hidden states is all that is wanted, and it is known as
+  soon as the loss is: dX = (softmax(X W^T) - onehot) W. So both are computed a chunk of rows at a
+  time, and the chunk's logits are forgotten.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorax.models import Model
+
+CHUNK_LOGITS = 2**23  # 32 MiB in float32
+
+
+def summed_loss(model: Model, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """The sum of -log p over the labelled tokens: () float32.
+
+    input_ids, labels: (B, T) int64. labels[b, t] is the token at place t, or -100 where it does
+    not count; it is predicted from the places before t.
+    """
+    hidden = model.hidden_states(input_ids)[:, :-1]  # (B, T - 1, C)
+    targets = labels[:, 1:]
+    counted = targets != -100
+    return head_loss(hidden[counted], model.lm_head, targets[counted])
+
+
+def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    """Sum of cross entropies of hidden (N, C) behind `head`, against targets (N,)."""
+    if isinstance(head, nn.Linear) and not head.weight.requires_grad and head.bias is None:
+        return _FrozenHeadLoss.apply(hidden, head.weight, targets)
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = F.linear(hidden[part], weight).float()  # (rows, V)
+            log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
+            places = targets[part, None]
+            loss += (log_sum - logits.gather(1, places)).sum()
+            if gradient is not None:
+                p = logits.sub_(log_sum).exp_()
+                p.scatter_add_(1, places, torch.full_like(log_sum, -1.0))
+                gradient[part] = p.to(hidden.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None  # a 0-d factor keeps the gradient's dtype

@@ -1,0 +1,77 @@
+"""A run's progress: a bar on a terminal, a line a step elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lorax.training.loop import Listener, Plan
+from lorax.training.metrics import Line
+
+
+class TrainingProgress(Listener):
+    """Shows what a run tells; a context manager."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def planned(self, plan: Plan) -> None:
+        """Say what is going to be trained, on what, for how long."""
+        examples, share = plan.examples, 100 * plan.trainable / plan.parameters
+        model = plan.recipe.model
+        self._say(f"model    {model.path} ({model.dtype}, {model.quantization or 'not quantized'})")
+        self._say(
+            f"adapter  trainable params: {plan.trainable:,} || all params: {plan.parameters:,} || "
+            f"trainable%: {share:.4f}"
+        )
+        self._say(
+            f"data     {len(plan.train_rows)} rows to train on, {len(plan.eval_rows)} held out "
+            f"(kind: {examples.kind}; {examples.truncated} cut at "
+            f"{plan.recipe.data.max_length} tokens, {examples.dropped} dropped)"
+        )
+        self._say(f"steps    {plan.total_steps} of {plan.recipe.train.batch_size} rows")
+        self._bar.update(self._task, total=plan.total_steps)
+
+    def measured(self, line: Line) -> None:
+        """Show a step's or an evaluation's numbers."""
+        if "eval_loss" in line:
+            loss, perplexity = line["eval_loss"], line["eval_perplexity"]
+            self._say(
+                f"step {line['step']:>5}  held-out loss {loss:.4f}  perplexity {perplexity:.2f}"
+            )
+            return
+        text = f"loss {line['loss']:.4f}  grad {line['grad_norm']:.2f}"
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=line["step"], description=text)
+        else:
+            self._say(
+                f"step {line['step']:>5}  {text}  rate {line['learning_rate']:.2e}  "
+                f"{line['tokens']} tokens  {line['seconds']:.1f} s"
+            )
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,32 @@
+"""Loss and perplexity on rows that are not trained on."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from lorax.data.batches import micro_batches
+from lorax.data.examples import Example
+from lorax.models import Model
+from lorax.models.loss import summed_loss
+
+
+def evaluate(
+    model: Model, rows: Sequence[Example], micro_batch_size: int, pad_id: int
+) -> dict[str, float]:
+    """Mean loss in nats over all trained tokens of the rows, and its exponential.
+
+    Returns:
+        {"eval_loss", "eval_perplexity"}. The model is in eval mode inside, and as before after.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    with torch.no_grad():
+        for batch in micro_batches(rows, micro_batch_size, pad_id):
+            batch = batch.to(device)
+            total += summed_loss(model, batch.input_ids, batch.labels).item()
+    model.train(was_training)
+    loss = total / sum(row.tokens for row in rows)
+    return {"eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
