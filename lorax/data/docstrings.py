@@ -1,9 +1,9 @@
 """Questions and answers from Python's own library: real text that every machine has.
 
-"What does `posixpath.join` do?" is answered by the first paragraph of its docstring. A few thousand
-such pairs come out of the modules below, which are imported for it (plain Python or C of the
-standard library; they do nothing when imported). Whole modules are held out, so that evaluation asks
-about functions of which no neighbour was trained on.
+"What does `posixpath.join` do?" is answered by the first paragraph of its docstring. A few
+thousand such pairs come out of the modules below, which are imported for it (plain Python or C of
+the standard library; they do nothing when imported). Whole modules are held out, so that evaluation
+asks about functions of which no neighbour was trained on.
 """
 
 import importlib
