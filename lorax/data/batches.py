@@ -6,6 +6,7 @@ right side is padded: causal attention keeps the padding from what stands before
 there are masked.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,8 +34,9 @@ def epoch_order(rows: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
     """The order of the rows in an epoch (from 0): by seed and epoch, and by nothing else."""
     if not shuffle:
         return list(range(rows))
-    generator = torch.Generator().manual_seed(seed + 2**32 * epoch)
-    return torch.randperm(rows, generator=generator).tolist()
+    order = list(range(rows))
+    random.Random(f"{seed} {epoch}").shuffle(order)  # torch's generator drops seeds' high bits
+    return order
 
 
 def step_batches(

@@ -8,11 +8,11 @@ Five kinds of rows are told apart by their keys, from the first row of the file:
     alpaca              {"instruction", "input" (may be missing), "output"}
     text                {"text"}
 
-A row becomes segments of text, each trained or not; the segments are encoded one by one and put
-behind each other. So the mask goes by position. It never asks whether a token looks like padding or
-like an answer, and so the end token is learned even where it is the pad token too. Encoding by
-segments also shows the model the very tokens that it will meet when it generates: the prompt's own,
-never one that the tokenizer has merged across the seam.
+A row becomes segments of text, each trained or not, whose tokens are put behind each other. So the
+mask goes by position. It never asks whether a token looks like padding or like an answer, and so
+the end token is learned even where it is the pad token too. Cutting at the seams also shows the
+model the very tokens that it will meet when it generates: the prompt's own, never one that the
+tokenizer has merged across the seam.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from lorax.data.rows import Row, read_rows
 from lorax.data.tokenizer import Tokenizer
-from lorax.errors import DataError, TemplateError
+from lorax.errors import DataError, TemplateError, UsageError
 
 # Stanford Alpaca's wording (Taori et al. 2023), for models without a chat template.
 ALPACA_WITH_INPUT = (
@@ -94,7 +94,10 @@ def load_examples(path: Path, tokenizer: Tokenizer, max_length: int) -> Examples
     kind = find_kind(rows[0])
     examples, truncated = [], 0
     for row in rows:
-        example = encode(_segments(kind, row, tokenizer), tokenizer)
+        try:
+            example = encode(_segments(kind, row, tokenizer), tokenizer)
+        except UsageError as error:
+            raise DataError(f"{row[1]}: {error}") from None
         if len(example.ids) > max_length:
             truncated += 1
             example = Example(example.ids[:max_length], example.trained[:max_length])
@@ -116,18 +119,33 @@ def find_kind(row: Row) -> str:
 
 
 def encode(segments: list[Segment], tokenizer: Tokenizer) -> Example:
-    """Encode segments one by one and put them behind each other."""
+    """Encode segments behind each other.
+
+    A segment's tokens are what the text gains by it (Llama 2's tokenizer puts a space before each
+    text, and an answer is no text of its own); where that changes a token before the seam, the
+    tokens of the segment alone.
+    """
     ids: list[int] = []
     trained: list[bool] = []
-    if not segments[0].is_rendered:
-        ids, trained = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    text = ""
+    before: list[int] = []  # what stands before a segment, in tokens
     for segment in segments:
-        part = tokenizer.encode(segment.text, add_special_tokens=False)
-        if segment.trained and not segment.is_rendered and tokenizer.eos_token_id is not None:
-            part.append(tokenizer.eos_token_id)
+        text += segment.text
+        whole = tokenizer.encode(text, add_special_tokens=False)
+        if whole[: len(before)] == before:
+            part = whole[len(before) :]
+        else:
+            part = tokenizer.encode(segment.text, add_special_tokens=False)
+        before = whole
+        if segment.trained and not segment.is_rendered and part[-1:] != end:
+            part += end
         answer = _through_end(part, tokenizer) if segment.trained else 0
         ids += part
         trained += [True] * answer + [False] * (len(part) - answer)
+    if not segments[0].is_rendered and ids[:1] != tokenizer.prefix:
+        ids = tokenizer.prefix + ids
+        trained = [False] * len(tokenizer.prefix) + trained
     return Example(ids, trained)
 
 

@@ -1,6 +1,7 @@
 """Rows of a json, jsonl or csv file, each with the place where it stands."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,18 +65,32 @@ def _json(text: str, path: str) -> Iterator[Row]:
             position = _skip(text, position + 1)
         elif text[position : position + 1] != "]":
             raise DataError(f"{where}: expected a comma or the end of the array behind this row")
+    end = _skip(text, position + 1)
+    if end < len(text):
+        line = 1 + text.count("\n", 0, end)
+        raise DataError(f"{path}:{line}: something stands behind the end of the array")
 
 
 def _csv(text: str, path: str) -> Iterator[Row]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    line = 1  # where a row begins; a quoted text may take several
     try:
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
+        for values in reader:
+            where, line = f"{path}:{line}", reader.line_num + 1
+            if not values:
+                continue
+            if not header:
+                header = values
+                if len(set(header)) != len(header):
+                    raise DataError(f"{where}: a column's name stands twice")
+                continue
+            if len(values) != len(header):
                 raise DataError(f"{where}: the row has another number of columns than the header")
-            yield dict(row), where
+            yield dict(zip(header, values, strict=True)), where
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+        raise DataError(f"{path}:{line}: not valid CSV ({error})") from None
 
 
 def _skip(text: str, position: int) -> int:

@@ -13,6 +13,7 @@ starts with the first rendering (about 0.1 s), and serves all that follow.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import selectors
 import subprocess
@@ -77,15 +78,19 @@ class _Worker:
             try:
                 process.stdin.write(json.dumps(question) + "\n")
                 process.stdin.flush()
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise TemplateError(f"chat template: not plain data ({error})") from None
             except OSError:
                 return self._stopped("its process ended")
-            with selectors.DefaultSelector() as selector:
-                selector.register(process.stdout, selectors.EVENT_READ)
-                if not selector.select(MAX_SECONDS):
-                    return self._stopped(f"took longer than {MAX_SECONDS:g} seconds")
-            line = process.stdout.readline()
+            try:
+                with selectors.DefaultSelector() as selector:
+                    selector.register(process.stdout, selectors.EVENT_READ)
+                    if not selector.select(MAX_SECONDS):
+                        return self._stopped(f"took longer than {MAX_SECONDS:g} seconds")
+                line = process.stdout.readline()
+            except BaseException:  # Ctrl-C: its answer must not become the next question's
+                self._stopped("was interrupted")
+                raise
             if not line.endswith("\n"):
                 return self._stopped("used too much memory")
             return json.loads(line)
@@ -111,7 +116,8 @@ class _Worker:
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
-                    stream.close()
+                    with contextlib.suppress(OSError):  # what it never read cannot be flushed
+                        stream.close()
             self._process = None
         return {"error": f"{reason} and was stopped"}
 

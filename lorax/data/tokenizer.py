@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 
 from lorax.data.templates import ChatTemplate, Rendered
-from lorax.errors import TemplateError
+from lorax.errors import TemplateError, UsageError
 
 
 class Tokenizer:
@@ -67,8 +67,14 @@ class Tokenizer:
         """Token ids; with what the tokenizer's own rules put around a text (often a bos token).
 
         A text that begins with the bos token already does not get a second one.
+
+        Raises:
+            UsageError: the text holds half of a surrogate pair, which is no character.
         """
-        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # the library's word for a text that UTF-8 cannot write
+            raise UsageError("a text with half of a surrogate pair cannot be encoded") from None
         bos = self.bos_token_id
         if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
             return ids[1:]

@@ -181,6 +181,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str) -> None:
     expected = adapter_tensors(model)
+    found = _without_base_copies(model, found, where)
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))
     if missing or unexpected:
@@ -197,6 +198,27 @@ def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str) -> Non
             raise AdapterError(f"{where}: {name} is not finite")
     for name, tensor in found.items():
         expected[name].copy_(tensor)
+
+
+def _without_base_copies(
+    model: nn.Module, found: dict[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """Take out the copy of the base's own weight that PEFT puts beside an adapted head.
+
+    A copy that differs from this model's weight belongs to another base, and is refused.
+    """
+    rest = dict(found)
+    for name, layer in adapter_layers(model).items():
+        copy = rest.pop(f"{_PREFIX}{name}.base_layer.weight", None)
+        if copy is None:
+            continue
+        weight = layer.dense_base().weight
+        if copy.shape != weight.shape or not torch.equal(copy.to(weight), weight):
+            raise AdapterError(
+                f"{where}: {name}.base_layer.weight differs from the model's; "
+                "the adapter was trained on another base"
+            )
+    return rest
 
 
 def _peft_config(model: nn.Module, config: LoRAConfig, base: str | None) -> dict[str, Any]:

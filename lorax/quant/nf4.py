@@ -240,12 +240,12 @@ def _pair_table(device: torch.device) -> Tensor:
 def _unpack_into(out: Tensor, packed: Tensor, scales: Tensor, block_size: int) -> None:
     """Decode into out (n,), a chunk of whole blocks at a time.
 
-    One look-up in the pair table decodes a byte, both values at once; a float32 `out` is written
-    in place, another dtype through a float32 buffer that stays in the cache.
+    One look-up in the pair table decodes a byte, both values at once, into a float32 buffer that
+    stays in the cache; it is scaled there and copied, rounded once, into `out`.
     """
     n = out.numel()
     table = _pair_table(out.device)
-    step = min(CHUNK_ELEMENTS, n + n % 2)
+    step = min(CHUNK_ELEMENTS, max(2, n + n % 2))
     index = torch.empty(step // 2, dtype=torch.int32, device=out.device)
     buffer = torch.empty(step // 2, dtype=torch.int64, device=out.device)
     for start in range(0, n, step):

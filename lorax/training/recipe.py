@@ -12,6 +12,7 @@ ignored.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import tomllib
@@ -29,7 +30,9 @@ from lorax.errors import AdapterError, RecipeError
 class Section(BaseModel):
     """A table of the recipe: unknown keys are errors, values are fixed once checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelSection(Section):
@@ -124,7 +127,7 @@ class Recipe(Section):
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits, deep brackets
             raise RecipeError(f"{path}: not valid TOML ({error})") from None
         return Recipe.from_dict(values, overrides, where=str(path))
 
@@ -135,7 +138,7 @@ class Recipe(Section):
         where: str = "recipe",
     ) -> Recipe:
         """Check a recipe that is given as nested dictionaries; see `load`."""
-        merged = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
+        merged = copy.deepcopy(dict(values))
         for key, value in (overrides or {}).items():
             _set(merged, key, value)
         try:
@@ -203,7 +206,7 @@ def _describe(error: ValidationError) -> str:
         return f"{key} is missing"
     if len(place) > 2:  # pydantic names the member of a union too
         key = ".".join(place[:2])
-    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"{key} = {repr(first['input'])[:80]}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def _keys(place: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ def rate_factor(kind: str, step: int, total: int, warmup: int) -> float:
         return step / max(1, warmup)
     if kind == "constant":
         return 1.0
-    progress = (step - warmup) / max(1, total - warmup)
     if kind == "linear":
-        return max(0.0, 1.0 - progress)
+        return max(0.0, (total - step) / max(1, total - warmup))
+    progress = (step - warmup) / max(1, total - warmup)
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
