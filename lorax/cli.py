@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.text import Text
 
@@ -36,18 +37,18 @@ Quantization = Annotated[str | None, Parameter(help="nf4 or nf4-dq: quantize the
 Dtype = Annotated[str, Parameter(help="auto, float32 or bfloat16.")]
 Device = Annotated[str, Parameter(help="cpu or cuda.")]
 Base = Annotated[str | None, Parameter(help="The base model, where the adapter's is elsewhere.")]
+Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 Json = Annotated[bool, Parameter(help="Print one JSON object.", negative="")]
 
 
 def main() -> None:
     """Run the command line; every error that a user can cause is one line on stderr."""
     try:
-        app(exit_on_error=False)
-    except CycloptsError:
-        sys.exit(2)  # cyclopts has printed what is wrong
-    except LoraxError as error:
-        err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        sys.exit(error.exit_code)
+        app(exit_on_error=False, print_error=False)
+    except (CycloptsError, LoraxError) as error:
+        line = " ".join(str(error).split("\n"))
+        err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+        sys.exit(error.exit_code if isinstance(error, LoraxError) else UsageError.exit_code)
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(130)
@@ -138,8 +139,8 @@ def evaluate(
     *,
     data: Path,
     base: Base = None,
-    max_length: int = 512,
-    micro_batch_size: int = 4,
+    max_length: Positive = 512,
+    micro_batch_size: Positive = 4,
     quantization: Quantization = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -210,7 +211,7 @@ def merge(
 def demo(
     *,
     output_dir: Path = Path("runs/demo"),
-    steps: int = 20,
+    steps: Positive = 48,
     model: str | None = None,
     dtype: Annotated[str, Parameter(help="auto takes bfloat16 where the CPU has it.")] = "auto",
     device: Device = "cpu",
@@ -253,9 +254,10 @@ def parse_overrides(tokens: tuple[str, ...]) -> dict[str, Any]:
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        values = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # no TOML, a number of 5000 digits, deep brackets
         return text
+    return values["value"] if len(values) == 1 else text
 
 
 def _open(

@@ -15,6 +15,8 @@ from lorax.errors import AdapterError
 # What PEFT adapts where target_modules is not given, by model type.
 DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 
+MAX_RANK = 2**16  # above any layer's width; a stranger's config may ask for anything
+
 # PEFT's further keys for LoRA (0.21.2) and their defaults. At its default a key changes nothing;
 # any other value asks for something that lorax does not have yet, and is refused by name.
 NOT_COVERED: dict[str, Any] = {
@@ -173,7 +175,7 @@ class LoRAConfig:
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
             if match:
-                return int(match.group(1))
+                return int(match.group(match.re.groups))  # the pattern may have groups
         return None
 
     @staticmethod
@@ -185,13 +187,15 @@ class LoRAConfig:
 
     def _compile_patterns(self) -> None:
         """A broken expression is an error here, not somewhere in a search."""
-        expressions = [*self.rank_pattern, *self.alpha_pattern]
-        expressions += [
-            t for t in (self.target_modules, self.exclude_modules) if isinstance(t, str)
-        ]
-        for expression in expressions:
+        plain = (self.target_modules, self.exclude_modules)
+        layers = self.layers_pattern or []
+        used = {expression: expression for expression in plain if isinstance(expression, str)}
+        used |= {key: rf"(.*\.)?({key})$" for key in (*self.rank_pattern, *self.alpha_pattern)}
+        used |= {p: rf".*\.{p}\." for p in ([layers] if isinstance(layers, str) else layers)}
+        for expression, whole in used.items():
             try:
                 re.compile(expression)
+                re.compile(whole)
             except re.error as error:
                 raise AdapterError(f"{expression!r} is no regular expression ({error})") from None
 
@@ -204,8 +208,8 @@ def _matches(patterns: list[str] | str, name: str) -> bool:
 
 
 def _check_rank(name: str, rank: Any) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 up")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+        raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 to {MAX_RANK}")
 
 
 def _check_alpha(name: str, alpha: Any) -> None:

@@ -75,12 +75,32 @@ def _settle(directory: Path) -> None:
 
 def _move(temporary: Path, target: Path) -> None:
     if target.exists() and any(target.iterdir()):
-        for path in sorted(temporary.iterdir()):
-            os.replace(path, target / path.name)
+        _replace_files(temporary, target)
         _sync(target)
     else:
         os.rename(temporary, target)
     _sync(target.parent)
+
+
+def _replace_files(temporary: Path, target: Path) -> None:
+    """Move each file over the one of its name; where one fails, put the old ones back."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as aside:
+        new = sorted(path.name for path in temporary.iterdir())
+        for name in new:
+            if (target / name).exists():
+                shutil.copy2(target / name, aside)
+        moved = []
+        try:
+            for name in new:
+                moved.append(name)
+                os.replace(temporary / name, target / name)
+        except BaseException:
+            for name in moved:
+                if (Path(aside) / name).exists():
+                    shutil.move(Path(aside) / name, target / name)
+                else:
+                    (target / name).unlink(missing_ok=True)
+            raise
 
 
 def _sync(path: Path) -> None:

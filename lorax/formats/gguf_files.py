@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import FormatError, UnsupportedModel
+from lorax.formats.model_config import read_config
 from lorax.models.llama import Llama3Scaling, LlamaConfig, inverse_frequencies
 
 _LAYER_NAMES = {
@@ -100,6 +101,10 @@ class GGUFFile:
             kind = stored.tensor_type.name
             raise FormatError(f"{self.path}: {name} ({kind}) cannot be decoded ({error})") from None
         tensor = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped
+        if name.endswith(("q_proj.weight", "k_proj.weight")) and (
+            tensor.dim() != 2 or len(tensor) != self._rows(name)
+        ):
+            raise FormatError(f"{self.path}: {name} has the impossible shape {tuple(tensor.shape)}")
         if name.endswith("q_proj.weight"):
             return _unpermute(tensor, self.config.num_attention_heads)
         if name.endswith("k_proj.weight"):
@@ -112,8 +117,17 @@ class GGUFFile:
         for name in ("tokens", "token_type", "merges"):
             field = self._reader.fields.get(f"tokenizer.ggml.{name}")
             if field is not None:
-                fields[f"tokenizer.ggml.{name}"] = field.contents()
+                try:
+                    fields[f"tokenizer.ggml.{name}"] = field.contents()
+                except Exception as error:  # bytes that are no UTF-8, numbers for offsets
+                    raise FormatError(f"{self.path}: {name} is damaged ({error})") from None
         return _build_tokenizer(fields, str(self.path))
+
+    def _rows(self, name: str) -> int:
+        config = self.config
+        is_query = name.endswith("q_proj.weight")
+        heads = config.num_attention_heads if is_query else config.num_key_value_heads
+        return heads * config.head_dim
 
     def _field(self, key: str, default: Any = None) -> Any:
         value = self._fields.get(key, default)
@@ -130,27 +144,29 @@ class GGUFFile:
         for refused in ("llama.expert_count", "llama.rope.scaling.type"):
             if self._fields.get(refused) not in (None, 0, "none"):
                 raise UnsupportedModel(f"{self.path}: {refused} is not covered")
-        width = int(self._field("llama.embedding_length"))
-        heads = int(self._field("llama.attention.head_count"))
         embedding = self._tensors.get("model.embed_tokens.weight")
-        if embedding is None:
-            raise FormatError(f"{self.path}: tensor token_embd.weight is missing")
-        config = LlamaConfig(
-            vocab_size=int(embedding.shape[1]),
-            hidden_size=width,
-            intermediate_size=int(self._field("llama.feed_forward_length")),
-            num_hidden_layers=int(self._field("llama.block_count")),
-            num_attention_heads=heads,
-            num_key_value_heads=int(self._field("llama.attention.head_count_kv", heads)),
-            head_dim=int(self._field("llama.attention.key_length", width // heads)),
+        if embedding is None or len(embedding.shape) != 2:
+            raise FormatError(f"{self.path}: token_embd.weight must be a matrix")
+        epsilon = self._field("llama.attention.layer_norm_rms_epsilon")
+        if isinstance(epsilon, float):
             # Written as float32; the shortest decimal that means the same is what was meant.
-            rms_norm_eps=float(
-                str(np.float32(self._field("llama.attention.layer_norm_rms_epsilon")))
-            ),
-            rope_theta=float(self._field("llama.rope.freq_base", 10000.0)),
-            max_position_embeddings=int(self._field("llama.context_length")),
-            tie_word_embeddings="lm_head.weight" not in self._tensors,
-        )
+            epsilon = float(str(np.float32(epsilon)))
+        values = {
+            "model_type": "llama",
+            "vocab_size": int(embedding.shape[1]),
+            "hidden_size": self._field("llama.embedding_length"),
+            "intermediate_size": self._field("llama.feed_forward_length"),
+            "num_hidden_layers": self._field("llama.block_count"),
+            "num_attention_heads": self._field("llama.attention.head_count"),
+            "num_key_value_heads": self._fields.get("llama.attention.head_count_kv"),
+            "head_dim": self._fields.get("llama.attention.key_length"),
+            "rms_norm_eps": epsilon,
+            "rope_theta": self._fields.get("llama.rope.freq_base"),
+            "max_position_embeddings": self._field("llama.context_length"),
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+        }
+        config = read_config(values, str(self.path))
+        assert isinstance(config, LlamaConfig)
         if rope_factors is None:
             return config
         return _with_scaling(config, torch.tensor(rope_factors.data), str(self.path))
@@ -197,20 +213,30 @@ def _build_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
             for key, name in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))
             if f"tokenizer.ggml.{name}_token_id" in fields
         }
+        template = fields.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise ValueError("the chat template is no text")
         backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    except Exception as error:  # KeyError, IndexError, and the tokenizers package's plain Exception
+        backend.pre_tokenizer = _pre_tokenizer(fields.get("tokenizer.ggml.pre"), where)
+        backend.decoder = decoders.ByteLevel()
+        for token, token_kind in zip(tokens, kinds, strict=True):
+            if token_kind in (_CONTROL, _USER_DEFINED):
+                added = AddedToken(token, special=token_kind == _CONTROL, normalized=False)
+                backend.add_tokens([added]) if not added.special else backend.add_special_tokens(
+                    [added]
+                )
+        if fields.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
+            _add_bos(backend, special["bos_token"])
+        if any(
+            fields.get(f"tokenizer.ggml.{n}_token_id", 0) < 0 for n in ("bos", "eos", "padding")
+        ):
+            raise ValueError("a token id below 0")
+    except (KeyboardInterrupt, SystemExit, UnsupportedModel):
+        raise
+    except BaseException as error:  # KeyError, IndexError, and what the tokenizers package raises:
+        # plain Exceptions, and Rust panics, which are no Exceptions
         raise FormatError(f"{where}: the tokenizer's fields do not fit ({error!r})") from None
-    backend.pre_tokenizer = _pre_tokenizer(fields.get("tokenizer.ggml.pre"), where)
-    backend.decoder = decoders.ByteLevel()
-    for token, token_kind in zip(tokens, kinds, strict=False):
-        if token_kind in (_CONTROL, _USER_DEFINED):
-            added = AddedToken(token, special=token_kind == _CONTROL, normalized=False)
-            backend.add_tokens([added]) if not added.special else backend.add_special_tokens(
-                [added]
-            )
-    if fields.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
-        _add_bos(backend, special["bos_token"])
-    return Tokenizer(backend, **special, chat_template=fields.get("tokenizer.chat_template"))
+    return Tokenizer(backend, **special, chat_template=template)
 
 
 def _pre_tokenizer(kind: str | None, where: str) -> pre_tokenizers.PreTokenizer:

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from lorax.adapters.inject import replace_module
 from lorax.adapters.lora import LoRALinear
 from lorax.data.tokenizer import Tokenizer
-from lorax.errors import EnvironmentProblem, FormatError, UnsupportedModel, UsageError
+from lorax.errors import (
+    EnvironmentProblem,
+    FormatError,
+    QuantizationError,
+    UnsupportedModel,
+    UsageError,
+)
 from lorax.formats import gguf_files, tokenizer_files
 from lorax.formats.directory import written_directory
 from lorax.formats.json_files import read_json
@@ -28,7 +34,12 @@ from lorax.formats.model_config import (
     stated_dtype,
     write_config,
 )
-from lorax.formats.safetensors_files import MAX_SHARD_BYTES, open_checkpoint, write_checkpoint
+from lorax.formats.safetensors_files import (
+    FLOATS,
+    MAX_SHARD_BYTES,
+    open_checkpoint,
+    write_checkpoint,
+)
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
 from lorax.quant.linear import QuantizedLinear
@@ -76,11 +87,15 @@ def load_model(
     Raises:
         UnsupportedModel: an architecture or option that lorax does not cover, by name.
         FormatError: a damaged or incomplete checkpoint, with the file and the tensor.
-        UsageError: an unknown dtype or quantization; EnvironmentProblem: no such path or id.
+        UsageError: an unknown dtype, device or quantization; EnvironmentProblem: no such path,
+            id or device.
     """
     if quantization is not None:
-        check_request(quantization, name="quantization")
-    wanted = as_dtype(dtype)
+        try:
+            check_request(quantization, name="quantization")
+        except QuantizationError as error:
+            raise UsageError(str(error)) from None
+    wanted, device = as_dtype(dtype), as_device(device)
     where = find_model(path, revision)
     if where.suffix == ".gguf":
         gguf = gguf_files.open_gguf(where)
@@ -95,7 +110,7 @@ def load_model(
         source = open_checkpoint(where)
     names = _match_names(model, source.names, where)
     wanted = wanted or stated or source.dtype(names[model.embedding_name])
-    _fill(model, source, names, wanted, torch.device(device), quantization)
+    _fill(model, source, names, wanted, device, quantization)
     model.name_or_path = os.fspath(path)
     return model
 
@@ -186,6 +201,22 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return found
 
 
+def as_device(device: str | torch.device) -> torch.device:
+    """The torch device behind a name, if this machine has it.
+
+    Raises:
+        UsageError: no such kind of device. EnvironmentProblem: it is not there.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r} is unknown; expected cpu or cuda") from None
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if (found.index or 0) >= count:
+        raise EnvironmentProblem(f"device {device} is not there: torch finds {count} CUDA devices")
+    return found
+
+
 def _refuse_quantized(found: dict[str, object], where: Path) -> None:
     settings = found.get("quantization_config")
     if settings:
@@ -200,13 +231,15 @@ def _match_names(model: Model, found: list[str], where: Path) -> dict[str, str]:
     """The model's tensor names -> the file's; every name on either side must have a partner."""
     expected = set(model.state_dict())
     prefix = "transformer." if isinstance(model, GPT2) else "model."
-    names = {}
+    names: dict[str, str] = {}
     for name in found:
         if _NO_WEIGHTS.search(name):
             continue
         mine = name if name in expected else prefix + name
         if mine not in expected:
             raise FormatError(f"{where}: tensor {name} has no place in the model of config.json")
+        if mine in names:
+            raise FormatError(f"{where}: tensors {names[mine]} and {name} are one and the same")
         names[mine] = name
     if model.config.tie_word_embeddings:
         expected.discard("lm_head.weight")
@@ -252,7 +285,7 @@ def quantizable(name: str, module: nn.Module) -> bool:
 def _shaped(tensor: Tensor, name: str, shape: torch.Size, model: Model) -> Tensor:
     if isinstance(model, GPT2) and _CONV1D.search(name) and tensor.dim() == 2:
         tensor = tensor.t()
-    if tensor.shape != shape or not tensor.is_floating_point():
+    if tensor.shape != shape or tensor.dtype not in FLOATS:
         raise FormatError(
             f"{name}: found {tuple(tensor.shape)} {tensor.dtype}; expected {tuple(shape)}, floating"
         )

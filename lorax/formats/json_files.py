@@ -15,7 +15,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
     Raises:
         FormatError: the file is missing, too large, no UTF-8, no JSON object, nested too deep, has
-            a key twice, or holds NaN, an infinity or a number beyond float64.
+            a key twice, or holds NaN, an infinity, a number beyond float64 or half a surrogate.
     """
     try:
         size = path.stat().st_size
@@ -37,6 +37,8 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
             parse_float=_finite_float,
             parse_int=_bounded_int,
         )
+        if "\\u" in text:  # only an escape can bring in half of a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(value, dict):

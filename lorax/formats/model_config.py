@@ -1,6 +1,7 @@
 """config.json and the models' own configs, both ways; what is not covered is refused by name."""
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def _read_llama(found: dict[str, Any], where: str) -> LlamaConfig:
     heads = _size(found, "num_attention_heads", where)
     kv_heads = _size(found, "num_key_value_heads", where, heads)
     head_dim = _size(found, "head_dim", where, hidden // heads)
-    if heads % kv_heads or head_dim % 2:
+    if heads % kv_heads or head_dim % 2 or heads * head_dim > _MAX_SIZE:
         raise FormatError(
             f"{where}: {heads} heads over {kv_heads} key heads of width {head_dim} do not fit"
         )
@@ -181,7 +182,7 @@ def _size(found: dict[str, Any], key: str, where: str, default: int | None = Non
 def _number(found: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
     value = found.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise FormatError(f"{where}: {key} must be a positive number, found {value!r}")
     return float(value)
 

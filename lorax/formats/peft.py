@@ -29,7 +29,7 @@ from lorax.errors import AdapterError, FormatError, UsageError
 from lorax.formats.directory import written_directory
 from lorax.formats.huggingface import load_model, load_tokenizer
 from lorax.formats.json_files import read_json
-from lorax.formats.safetensors_files import read_file, write_file
+from lorax.formats.safetensors_files import FLOATS, read_file, write_file
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
 
@@ -189,7 +189,7 @@ def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str) -> Non
         parts += [f"{len(unexpected)} unexpected (first {unexpected[0]})"] if unexpected else []
         raise AdapterError(f"{where}: tensors do not fit the config and model: {', '.join(parts)}")
     for name, tensor in found.items():
-        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+        if tensor.shape != expected[name].shape or tensor.dtype not in FLOATS:
             raise AdapterError(
                 f"{where}: {name} is {tuple(tensor.shape)} {tensor.dtype}; "
                 f"expected {tuple(expected[name].shape)}, floating"

@@ -30,6 +30,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# What a weight may be stored in; float8 means nothing without scales.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class TensorFiles:

@@ -25,7 +25,9 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     read_json(path)  # sizes, duplicate keys: the library below would take them
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # plain Exceptions, and Rust panics, which are no Exceptions
         raise FormatError(f"{path}: not a readable tokenizer ({error})") from None
     config = _optional_json(directory / "tokenizer_config.json")
     tokens = {key: _token(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
