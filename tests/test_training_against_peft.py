@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import gpt2, llama, peft_model, tokens
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import lorax
 from lorax.models.loss import summed_loss
@@ -13,15 +15,14 @@ from lorax.models.loss import summed_loss
 STEPS = 20
 
 
-def batches(pad=True):
+def batches(vocabulary):
     """20 batches of 4 rows; labels masked at random, as prompts and padding are."""
     generator = torch.Generator().manual_seed(5)
     made = []
     for step in range(STEPS):
-        ids = tokens(4, 24, seed=100 + step)
+        ids = tokens(4, 24, vocabulary, seed=100 + step)
         labels = ids.clone()
-        if pad:
-            labels[torch.rand(labels.shape, generator=generator) < 0.4] = -100
+        labels[torch.rand(labels.shape, generator=generator) < 0.4] = -100
         made.append((ids, labels))
     return made
 
@@ -46,7 +47,7 @@ def train_theirs(model):
     """PEFT on transformers, the loss as transformers defines it: the mean over trained tokens."""
     optimizer, losses = optimizer_for(model), []
     model.train()
-    for ids, labels in batches():
+    for ids, labels in batches(model.config.vocab_size):
         logits = model(ids).logits[:, :-1].flatten(0, 1)
         loss = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
@@ -60,7 +61,7 @@ def train_ours(model):
     """lorax: two micro-batches of a step, each weighted by its share of the step's tokens."""
     optimizer, losses = optimizer_for(model), []
     model.train()
-    for ids, labels in batches():
+    for ids, labels in batches(model.config.vocab_size):
         count = (labels[:, 1:] != -100).sum()
         total = 0.0
         for part in (slice(0, 1), slice(1, 4)):
@@ -89,22 +90,35 @@ def test_twenty_steps(case, tmp_path):
     make, config = CASES[case]
     base = make()
     base.save_pretrained(tmp_path / "base")
-    start = peft_model(base, **config)
-    start.save_pretrained(tmp_path / "start")
+    compare_runs(peft_model(base, **config), lorax.load_model(tmp_path / "base"), tmp_path)
 
+
+@pytest.mark.slow
+def test_twenty_steps_of_smollm2(smollm2_gguf, tmp_path):
+    folder, file = smollm2_gguf.rsplit("/", 1)
+    base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    compare_runs(get_peft_model(base, config), lorax.load_model(smollm2_gguf), tmp_path)
+
+
+def compare_runs(start, mine, tmp_path):
+    """Train copies of `start` in PEFT, and the same adapter on `mine` in lorax."""
+    start.save_pretrained(tmp_path / "start")
     runs = {}
     for attention in ("eager", "sdpa"):
         theirs = copy.deepcopy(start)
         theirs.set_attn_implementation(attention)
         runs[attention] = train_theirs(theirs)
-    mine = lorax.load_model(tmp_path / "base")
     lorax.load_adapter(mine, tmp_path / "start", trainable=True)
     losses, weights = train_ours(mine)
 
     expected_losses, expected_weights = runs["sdpa"]
-    assert largest_relative(weights, adapter_tensors(start)) > 0.03  # it moved
+    before = adapter_tensors(start)
+    assert any((weights[n] - before[n]).norm() > 0.03 * before[n].norm() for n in before)
     for ours, theirs in zip(losses, expected_losses, strict=True):
         assert abs(ours - theirs) <= 1e-5 * abs(theirs)
     # PEFT's own spread between two ways to compute the same attention is the noise of the task.
     noise = largest_relative(runs["eager"][1], expected_weights)
-    assert largest_relative(weights, expected_weights) <= max(1e-5, 4 * noise)
+    error = largest_relative(weights, expected_weights)
+    print(f"weights differ by {error:.1e}; PEFT's two attentions by {noise:.1e}")
+    assert error <= max(1e-5, 4 * noise)

@@ -111,7 +111,7 @@ def prepare(recipe: Recipe) -> tuple[Model, Tokenizer, Plan]:
         settings.quantization,
         revision=settings.revision,
     )
-    _check_fit(recipe, model)
+    _check_fit(model, [*train_rows, *eval_rows])
     add_adapter(model, recipe.lora_config())
     model.gradient_checkpointing = settings.gradient_checkpointing
     steps = total_steps(recipe, len(train_rows))
@@ -226,11 +226,12 @@ def _load_rows(
     return examples, train, [examples.rows[i] for i in sorted(order[:count])]
 
 
-def _check_fit(recipe: Recipe, model: Model) -> None:
-    if recipe.data.max_length > model.max_positions:
+def _check_fit(model: Model, rows: list[Example]) -> None:
+    longest = max(len(row.ids) for row in rows)
+    if longest > model.max_positions:
         raise RecipeError(
-            f"data.max_length {recipe.data.max_length} is more than the model's "
-            f"{model.max_positions} positions"
+            f"data.max_length: a row has {longest} tokens, but the model's positions end at "
+            f"{model.max_positions}; set it to that or less"
         )
     if next(model.parameters()).dtype == torch.float16:
         raise RecipeError(

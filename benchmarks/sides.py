@@ -1,0 +1,114 @@
+"""Two programs measured against each other in one run.
+
+Each side lives in a process of its own, so that its memory is its own, and does a step when it is
+asked for one. The parent asks the sides in turn, so that a noisy machine is noisy for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Side:
+    """A process that prepares once and then makes a step whenever it is asked."""
+
+    def __init__(self, script: str, name: str, *arguments: str):
+        command = [sys.executable, script, "--side", name, *arguments]
+        self.name = name
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.seconds: list[float] = []
+
+    def ready(self) -> None:
+        self._answer()
+
+    def step(self) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        seconds = self._answer()["seconds"]
+        self.seconds.append(seconds)
+        return seconds
+
+    def finish(self) -> dict[str, Any]:
+        """Median seconds a step, and the peak of resident memory in bytes."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("finish\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.process.wait()
+        return {"seconds": statistics.median(self.seconds), **answer}
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):  # libraries print what they like in between
+                return json.loads(line)
+        raise SystemExit(f"{self.name} ended with {self.process.wait()}; see above")
+
+
+def serve(step: Callable[[], None]) -> None:
+    """The side's end: answer the parent until it has enough."""
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "finish":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            print(json.dumps({"peak_bytes": peak}), flush=True)
+            return
+        started = time.perf_counter()
+        step()
+        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
+
+
+def compare(sides: list[Side], warm: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Warm up, then `steps` rounds of one step of each; {side: median seconds, peak bytes}."""
+    for side in sides:
+        side.ready()
+        for _ in range(warm):
+            side.step()
+        side.seconds.clear()
+    for _ in range(steps):
+        for side in sides:
+            side.step()
+    return {side.name: side.finish() for side in sides}
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """What the numbers were measured on and with."""
+    from importlib.metadata import version
+
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],  # noqa: S607
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent,
+    ).stdout.strip()  # fmt: skip
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else ():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu,
+        "python": platform.python_version(),
+        "commit": commit,
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def write_results(name: str, content: dict[str, Any]) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path
