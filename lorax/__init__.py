@@ -50,13 +50,25 @@ _HOME = {
     "unmerge_adapter": "lorax.adapters.merge",
 }
 
+_ROOMS = {
+    "adapters",
+    "data",
+    "errors",
+    "formats",
+    "inference",
+    "kernels",
+    "models",
+    "quant",
+    "training",
+}
+
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in {"adapters", "data", "formats", "inference", "kernels", "models", "quant"}:
+    if name in _ROOMS:
         return import_module(f"lorax.{name}")
     raise AttributeError(f"module 'lorax' has no attribute {name!r}")
 
