@@ -33,7 +33,9 @@ app = App(
 out = Console()
 err = Console(stderr=True)
 
-Quantization = Annotated[str | None, Parameter(help="nf4 or nf4-dq: quantize the base on loading.")]
+Quantization = Annotated[
+    str | None, Parameter(help="nf4, nf4-dq, fp4 or fp4-dq: quantize the base.")
+]
 Dtype = Annotated[str, Parameter(help="auto, float32 or bfloat16.")]
 Device = Annotated[str, Parameter(help="cpu or cuda.")]
 Base = Annotated[str | None, Parameter(help="The base model, where the adapter's is elsewhere.")]

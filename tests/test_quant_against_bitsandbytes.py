@@ -1,4 +1,4 @@
-"""NF4 bit for bit against the installed bitsandbytes (promise R4).
+"""NF4 and FP4 bit for bit against the installed bitsandbytes (promise R4).
 
 Where bitsandbytes on a CPU departs from its own format, the departure is named and bounded here:
 its AVX-512 dequantize is wrong for rows that are no multiple of the block, so dequantized values
@@ -17,6 +17,7 @@ from lorax.quant import codebooks
 
 SHAPES = [(64, 64), (64, 160), (3, 5), (1,), (7,), (129, 33), (100, 1000), (5, 7, 3), (2, 4096)]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+KINDS = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -26,16 +27,18 @@ def draw(shape, dtype):
 
 def test_the_tables_are_bitsandbytes():
     assert torch.equal(codebooks.dynamic_map(), bnb.create_dynamic_map())
-    assert torch.equal(codebooks.nf4(), bnb.get_4bit_type("nf4", device="cpu"))
+    for kind in KINDS:
+        assert torch.equal(codebooks.four_bit(kind), bnb.get_4bit_type(kind, device="cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bytes_scales_and_values(shape, block_size, dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_scales_and_values(kind, shape, block_size, dtype):
     x = draw(shape, dtype)
-    packed, state = bnb.quantize_4bit(x, blocksize=block_size, quant_type="nf4")
-    mine = lorax.quantize(x, "nf4", block_size)
+    packed, state = bnb.quantize_4bit(x, blocksize=block_size, quant_type=kind)
+    mine = lorax.quantize(x, kind, block_size)
     assert torch.equal(mine.packed, packed.flatten())
     assert torch.equal(mine.absmax, state.absmax)
     truth = (
@@ -46,22 +49,24 @@ def test_bytes_scales_and_values(shape, block_size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_dequantized_values_where_bitsandbytes_own_are_right(block_size, dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantized_values_where_bitsandbytes_own_are_right(kind, block_size, dtype):
     x = draw((16, 4096), dtype)  # rows that are multiples of every block
-    packed, state = bnb.quantize_4bit(x, blocksize=block_size, quant_type="nf4")
-    mine = lorax.quantize(x, "nf4", block_size)
+    packed, state = bnb.quantize_4bit(x, blocksize=block_size, quant_type=kind)
+    mine = lorax.quantize(x, kind, block_size)
     assert torch.equal(mine.dequantize(), bnb.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_double_quantization(shape, block_size, dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_double_quantization(kind, shape, block_size, dtype):
     x = draw(shape, dtype)
     packed, state = bnb.quantize_4bit(
-        x, blocksize=block_size, quant_type="nf4", compress_statistics=True
+        x, blocksize=block_size, quant_type=kind, compress_statistics=True
     )
-    mine = lorax.quantize(x, "nf4-dq", block_size)
+    mine = lorax.quantize(x, f"{kind}-dq", block_size)
     assert torch.equal(mine.packed, packed.flatten())
     assert torch.equal(mine.nested.offset, state.offset)
     assert torch.equal(mine.nested.absmax, state.state2.absmax)
@@ -69,7 +74,7 @@ def test_double_quantization(shape, block_size, dtype):
     assert differs.float().mean() <= 0.02 or mine.absmax.numel() < 50
     groups = torch.arange(len(differs)) // 256
     zero = state.state2.absmax[groups] == 0  # any code means zero there
-    rest = lorax.quantize(x, "nf4", block_size).absmax - state.offset
+    rest = lorax.quantize(x, kind, block_size).absmax - state.offset
     y = (rest / state.state2.absmax[groups]).double()
     table = codebooks.dynamic_map().double()
     ours = (table[mine.absmax.long()] - y).abs()
@@ -83,9 +88,10 @@ def test_double_quantization(shape, block_size, dtype):
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", [(64, 64), (3, 5), (100, 1000)])
-def test_exchange_both_ways(shape, double, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_exchange_both_ways(kind, shape, double, tmp_path):
     x = draw(shape, torch.bfloat16)
-    packed, state = bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=double)
+    packed, state = bnb.quantize_4bit(x, quant_type=kind, compress_statistics=double)
     theirs = {"weight": packed}
     theirs |= {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     read = lorax.QuantizedTensor.from_bitsandbytes(theirs)

@@ -81,7 +81,8 @@ def load_model(
         dtype: "auto" (what config.json says, else the file's own), a name like "bfloat16", or a
             torch.dtype: what the weights are cast to, before any quantization.
         device: where the model lives.
-        quantization: None, "nf4" or "nf4-dq": the weight of every Linear but `lm_head`.
+        quantization: None, "nf4", "nf4-dq", "fp4" or "fp4-dq": for the weight of every Linear but
+            `lm_head`.
         revision: branch, tag or commit on the Hub.
 
     Raises:

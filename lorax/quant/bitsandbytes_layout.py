@@ -5,7 +5,7 @@
     weight.quant_map                     float32 (16,), the codebook
     weight.nested_absmax                 float32 (ceil(blocks / 256),)    double quantization only
     weight.nested_quant_map              float32 (256,)                   double quantization only
-    weight.quant_state.bitsandbytes__nf4 uint8: a JSON text, one byte an element
+    weight.quant_state.bitsandbytes__nf4 uint8: a JSON text, one byte an element (or __fp4)
 
 The JSON holds quant_type, blocksize, dtype and shape and, with double quantization,
 nested_blocksize, nested_dtype and nested_offset, in this order and with default spacing.
@@ -42,7 +42,7 @@ def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
     tensors = {
         "weight": tensor.packed.view(-1, 1),
         "weight.absmax": tensor.absmax,
-        "weight.quant_map": codebooks.nf4().to(tensor.device),
+        "weight.quant_map": codebooks.four_bit(tensor.quant_type).to(tensor.device),
     }
     if tensor.nested is not None:
         tensors["weight.nested_absmax"] = tensor.nested.absmax
@@ -61,7 +61,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Give QuantizedTensor's fields (the nested ones flat) from bitsandbytes' tensors.
 
     Raises:
-        QuantizationError: a tensor is missing, has the wrong dtype or size, or is not NF4.
+        QuantizationError: a tensor is missing, has the wrong dtype or size, or is no NF4 or FP4.
     """
     state = _read_state(tensors)
     shape = torch.Size(state["shape"])
@@ -75,13 +75,15 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         raise QuantizationError(
             f"weight: {packed.numel()} bytes, but shape {list(shape)} needs {(n + 1) // 2}"
         )
-    _check_code(_take(tensors, "weight.quant_map"), codebooks.nf4(), "weight.quant_map")
+    code = codebooks.four_bit(state["quant_type"])
+    _check_code(_take(tensors, "weight.quant_map"), code, "weight.quant_map")
     fields: dict[str, Any] = {
         "packed": packed,
         "absmax": _sized(tensors, "weight.absmax", blocks, scale_dtype),
         "shape": shape,
         "dtype": _DTYPES[state["dtype"]],
         "block_size": block_size,
+        "quant_type": state["quant_type"],
         "nested_absmax": None,
         "nested_offset": None,
     }
@@ -101,14 +103,14 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _read_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     names = [name for name in tensors if name.startswith(_STATE)]
-    if names != [_STATE + "nf4"]:
-        raise QuantizationError(f"expected one tensor {_STATE}nf4, found {names or 'none'}")
+    if names not in ([_STATE + "nf4"], [_STATE + "fp4"]):
+        raise QuantizationError(f"expected one tensor {_STATE}nf4 or fp4, found {names or 'none'}")
     try:
         state = json.loads(bytes(tensors[names[0]].cpu().tolist()))
         shape = [int(size) for size in state["shape"]]
         block_size = int(state["blocksize"])
         valid = (
-            state["quant_type"] == "nf4"
+            state["quant_type"] == names[0].removeprefix(_STATE)
             and state["dtype"] in _DTYPES
             and min(shape, default=0) >= 0
             and block_size in (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -16,10 +16,14 @@ of dividing by nothing.
 The work is cut into chunks of whole blocks that fit the cache; the chunk's size changes no bit.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lorax.quant.codebooks import midpoints
+
+Finder = Callable[[Tensor, Tensor], None]
 
 CHUNK_ELEMENTS = 2**19  # 2 MiB of float32: measured best on two cores with 2 MiB of L2 each
 SMALLEST_ABSMAX = 1e-38
@@ -35,7 +39,7 @@ def quantize_blockwise(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor
 
     Args:
         x: (n,), any floating dtype and any n, zero included.
-        code: (k,) float32, ascending, k <= 256.
+        code: (k,) float32, k <= 256, in any order.
         block_size: values per block.
 
     Returns:
@@ -44,28 +48,58 @@ def quantize_blockwise(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor
     n = x.numel()
     codes = torch.empty(n, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(number_of_blocks(n, block_size), dtype=torch.float32, device=x.device)
-    boundaries = midpoints(code).to(x.device)
+    find = _finder(code.to(x.device))
     whole = n - n % block_size
     step = max(1, CHUNK_ELEMENTS // block_size) * block_size
     for start in range(0, whole, step):
         stop = min(start + step, whole)
         _quantize_rows(
             x[start:stop].view(-1, block_size),
-            boundaries,
+            find,
             codes[start:stop].view(-1, block_size),
             absmax[start // block_size : stop // block_size],
         )
     if whole < n:
-        _quantize_rows(x[None, whole:], boundaries, codes[None, whole:], absmax[-1:])
+        _quantize_rows(x[None, whole:], find, codes[None, whole:], absmax[-1:])
     return codes, absmax
 
 
-def _quantize_rows(x: Tensor, boundaries: Tensor, codes: Tensor, absmax: Tensor) -> None:
+def _quantize_rows(x: Tensor, find: Finder, codes: Tensor, absmax: Tensor) -> None:
     """One block a row: x (blocks, block_size) into codes (the same) and absmax (blocks,)."""
     x = x.float()
     torch.amax(x.abs(), dim=1, out=absmax)
     y = (x * absmax.clamp_min(SMALLEST_ABSMAX).reciprocal()[:, None]).clamp_(-1, 1)
-    codes.copy_(torch.bucketize(y, boundaries, out_int32=True))
+    find(y, codes)
+
+
+def _finder(code: Tensor) -> Finder:
+    """How to find codes in this codebook: writes the nearest codes of y into an equal uint8.
+
+    A small codebook's codes are found by counting the midpoints below y, one vectorized comparison
+    each: for 16 values a third of the time of torch's binary search, which takes the larger ones.
+    """
+    boundaries = midpoints(code)
+    order = code.argsort(stable=True).to(torch.uint8)
+    ascending = bool((order[1:] > order[:-1]).all())
+
+    def count(y: Tensor, codes: Tensor) -> None:
+        below = torch.empty_like(codes, dtype=torch.bool)
+        codes.zero_()
+        for boundary in boundaries.tolist():
+            codes.add_(torch.gt(y, boundary, out=below).view(torch.uint8))
+
+    def search(y: Tensor, codes: Tensor) -> None:
+        codes.copy_(torch.bucketize(y, boundaries, out_int32=True))
+
+    nearest = count if code.numel() <= 16 else search
+    if ascending:
+        return nearest
+
+    def reordered(y: Tensor, codes: Tensor) -> None:
+        nearest(y, codes)
+        codes.copy_(order[codes.int()])
+
+    return reordered
 
 
 def dequantize_blockwise(

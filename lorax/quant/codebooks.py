@@ -14,6 +14,13 @@ values span [-1, 1], and a block is scaled by its absolute maximum to fit.
     code     0     1     2     3     4     5     6    7    8    9   ...   15
     value   -1 -.696 -.525 -.395 -.284 -.185 -.091   0  .080 .161  ...    1
 
+**FP4** is a floating-point number of one sign, two exponent and one mantissa bits, divided by its
+largest value, 12. Its values stand in the order of their bits, not of their size, and there are two
+zeros, 0000 and 1000: what is just above zero becomes the second one, and comes back as the first.
+
+    code     0    1      2     3    4    5    6    7     8 ... 15
+    value    0  .0052  .667    1  .333  .5  .167  .25    the same, negative
+
 **The dynamic 8-bit map** (Dettmers et al. 2022, arXiv:2110.02861) stores the scales themselves in
 double quantization. The place of the first set bit behind the sign is a decimal exponent; the bits
 behind it are a linear fraction. Large values get six bits of fraction, small ones seven decades.
@@ -66,6 +73,18 @@ def nf4() -> Tensor:
 
 
 @cache
+def fp4() -> Tensor:
+    """The FP4 values in the order of their bits: (16,) float32."""
+    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32) / 12
+    return torch.cat([positive, 0.0 - positive])
+
+
+def four_bit(quant_type: str) -> Tensor:
+    """The codebook of that name, "nf4" or "fp4"."""
+    return {"nf4": nf4, "fp4": fp4}[quant_type]()
+
+
+@cache
 def dynamic_map() -> Tensor:
     """The signed dynamic 8-bit map, ascending: (256,) float32, as bitsandbytes builds it.
 
@@ -81,8 +100,9 @@ def dynamic_map() -> Tensor:
 
 
 def midpoints(code: Tensor) -> Tensor:
-    """The boundaries between neighbouring values of an ascending `code` (k,): (k - 1,) float32.
+    """The boundaries between neighbouring values of a `code` (k,), ascending: (k - 1,) float32.
 
     Computed in float32, as bitsandbytes does: seven of NF4's lie above the exact midpoint.
     """
-    return (code[:-1] + code[1:]) / 2
+    ascending = code.sort().values
+    return (ascending[:-1] + ascending[1:]) / 2

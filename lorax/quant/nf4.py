@@ -43,7 +43,7 @@ from lorax.quant.blockwise import (
     scale_blocks_,
 )
 
-FORMATS = ("nf4", "nf4-dq")
+FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -139,7 +139,8 @@ class QuantizedTensor:
                 f"{'' if out.is_contiguous() else ', not contiguous'}; "
                 f"expected a contiguous {tuple(self.shape)} on {self.device}"
             )
-        _unpack_into(out.view(-1), self.packed, self.scales(), self.block_size)
+        table = _pair_table(self.quant_type, self.device)
+        _unpack_into(out.view(-1), self.packed, table, self.scales(), self.block_size)
         return out
 
     def to_bitsandbytes(self) -> dict[str, Tensor]:
@@ -163,7 +164,7 @@ def quantize(
 
     Args:
         weight: float32, float16 or bfloat16; any strides; any number of values, zero included.
-        format: "nf4" (float32 scales) or "nf4-dq" (double quantization).
+        format: "nf4" or "fp4" (float32 scales), "nf4-dq" or "fp4-dq" (double quantization).
         block_size: values that share a scale: a power of two from 32 to 4096.
         name: what error messages call the tensor.
 
@@ -179,12 +180,15 @@ def quantize(
         )
     flat = weight.detach().contiguous().view(-1)
     _check_finite(flat, weight.shape, name)
-    codes, absmax = quantize_blockwise(flat, codebooks.nf4(), block_size)
+    quant_type, _, double = format.partition("-")
+    code = codebooks.four_bit(quant_type)
+    codes, absmax = quantize_blockwise(flat, code, block_size)
     nested = None
-    if format == "nf4-dq":
+    if double:
         absmax, nested = _quantize_scales(absmax)
+    packed = _pack(codes, fill=code.tolist().index(0.0))
     return QuantizedTensor(
-        _pack(codes), absmax, weight.shape, weight.dtype, block_size, nested, quant_type="nf4"
+        packed, absmax, weight.shape, weight.dtype, block_size, nested, quant_type
     )
 
 
@@ -219,32 +223,33 @@ def _check_finite(flat: Tensor, shape: torch.Size, name: str) -> None:
     )
 
 
-def _pack(codes: Tensor) -> Tensor:
-    """Pack (n,) uint8 codes into (ceil(n / 2),) bytes; an odd end is filled with the code of 0."""
+def _pack(codes: Tensor, fill: int) -> Tensor:
+    """Pack (n,) uint8 codes into (ceil(n / 2),) bytes; an odd end is filled with `fill`."""
     pairs = codes.numel() // 2
     packed = torch.empty((codes.numel() + 1) // 2, dtype=torch.uint8, device=codes.device)
     torch.bitwise_or(codes[0 : 2 * pairs : 2] << 4, codes[1 : 2 * pairs : 2], out=packed[:pairs])
     if codes.numel() % 2:
-        packed[-1] = (codes[-1] << 4) | codebooks.NF4_VALUES.index(0.0)
+        packed[-1] = (codes[-1] << 4) | fill
     return packed
 
 
 @cache
-def _pair_table(device: torch.device) -> Tensor:
+def _pair_table(quant_type: str, device: torch.device) -> Tensor:
     """For each byte its two float32 values as one 64-bit entry: (256,) int64."""
-    code = codebooks.nf4()
+    code = codebooks.four_bit(quant_type)
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
     return pairs.to(device).view(torch.int64).flatten()
 
 
-def _unpack_into(out: Tensor, packed: Tensor, scales: Tensor, block_size: int) -> None:
+def _unpack_into(
+    out: Tensor, packed: Tensor, table: Tensor, scales: Tensor, block_size: int
+) -> None:
     """Decode into out (n,), a chunk of whole blocks at a time.
 
     One look-up in the pair table decodes a byte, both values at once, into a float32 buffer that
     stays in the cache; it is scaled there and copied, rounded once, into `out`.
     """
     n = out.numel()
-    table = _pair_table(out.device)
     step = min(CHUNK_ELEMENTS, max(2, n + n % 2))
     index = torch.empty(step // 2, dtype=torch.int32, device=out.device)
     buffer = torch.empty(step // 2, dtype=torch.int64, device=out.device)

@@ -42,7 +42,7 @@ class ModelSection(Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "cpu"
-    quantization: Literal["nf4", "nf4-dq"] | None = None
+    quantization: Literal["nf4", "nf4-dq", "fp4", "fp4-dq"] | None = None
     gradient_checkpointing: bool = False
 
 
