@@ -260,3 +260,79 @@ def test_layers_of_one_model_share_the_scratch_but_not_their_results():
     dense = [layer.quantized.dequantize() for layer in layers]
     expected = sum(2 * (x.detach() @ W.t()) @ W for W in dense)
     assert torch.allclose(x.grad, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("double", [False, True])
+def test_r6_allowed_it_spoils_its_own_block_only(kind, bad, double, caplog):
+    x = weights(64 * 40, seed=3).view(40, 64)
+    clean = lorax.quantize(x, kind).dequantize()
+    x[7, 5] = bad
+    format = f"{kind}-dq" if double else kind
+    back = lorax.quantize(x, format, name="up", nonfinite="allow").dequantize()
+    others = torch.arange(40) != 7
+    assert torch.equal(back[others], clean[others])
+    assert not torch.isfinite(back[7]).all()
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == (["up"] if double else [])
+    with pytest.raises(QuantizationError, match="policy|nonfinite"):
+        lorax.quantize(x, format, nonfinite="perhaps")
+
+
+def relative_row_errors(q, x):
+    return (q.dequantize() - x).norm(dim=1) / x.norm(dim=1)
+
+
+@pytest.mark.parametrize("columns", [64, 128, 576])
+def test_r7_rows_of_small_weights_survive_double_quantization(columns, caplog):
+    x = weights(256 * columns, seed=1).view(256, columns)
+    x[::8] *= 1e-3
+    q = lorax.quantize(x, "nf4-dq", name="layers.0.up_proj")
+    assert relative_row_errors(q, x)[::8].max() <= 0.12
+    assert relative_row_errors(q, x)[::8].mean() <= 0.10
+    assert q.format == "nf4"
+    (record,) = caplog.records
+    assert record.getMessage().startswith("layers.0.up_proj: ")
+    assert "\n" not in record.getMessage()
+
+
+@given(
+    st.integers(1, 40), st.sampled_from([32, 64, 96, 33, 576]), st.floats(0, 6), seeds,
+    st.sampled_from((32, 64, 128)),
+)  # fmt: skip
+def test_r7_whatever_the_scales_the_second_level_costs_little(rows, columns, spread, seed, block):
+    """The promise itself, measured with plain arithmetic instead of the code's three sums."""
+    generator = torch.Generator().manual_seed(seed)
+    x = weights(rows * columns, seed).view(rows, columns)
+    x *= 10 ** (-spread * torch.rand(rows, 1, generator=generator))
+    plain, double = (relative_row_errors(lorax.quantize(x, f, block), x) for f in FORMATS)
+    floor = 0.0101  # NEGLIGIBLE, and the float32 sums' own error
+    rms_plain, rms_double = (e.square().mean().sqrt() for e in (plain, double))
+    assert rms_double <= 1.051 * rms_plain.clamp_min(floor)
+    assert (double <= 2.01 * plain.clamp_min(floor)).all()
+
+
+def test_r7_ordinary_weights_do_get_double_quantization(smollm2):
+    for name, module in smollm2.named_modules():
+        if name.endswith(("layers.0.self_attn.q_proj", "layers.29.mlp.down_proj")):
+            assert lorax.quantize(module.weight, "nf4-dq").format == "nf4-dq"
+
+
+@pytest.mark.slow
+def test_r8_more_than_2_31_values():
+    """The last block of a tensor that no int32 can index."""
+    psutil = pytest.importorskip("psutil")
+    if psutil.virtual_memory().available < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free memory")
+    n = 2**31 + 65
+    x = torch.zeros(n, dtype=torch.bfloat16)
+    tail = weights(129, seed=0, dtype=torch.bfloat16)
+    x[-129:] = tail
+    q = lorax.quantize(x, "nf4")
+    expected = lorax.quantize(x[-129:], "nf4")  # n - 129 is a multiple of 64
+    assert (n - 129) % 64 == 0
+    assert torch.equal(q.packed[-65:], expected.packed)
+    assert torch.equal(q.absmax[-3:], expected.absmax)
+    back = q.dequantize()
+    assert torch.equal(back[-129:], expected.dequantize())
+    assert not back[:-129].any()

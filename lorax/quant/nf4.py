@@ -37,28 +37,21 @@ from lorax.errors import QuantizationError
 from lorax.quant import bitsandbytes_layout, codebooks
 from lorax.quant.blockwise import (
     CHUNK_ELEMENTS,
-    dequantize_blockwise,
     number_of_blocks,
     quantize_blockwise,
     scale_blocks_,
 )
+from lorax.quant.double import (
+    NestedScales,
+    dequantize_scales,
+    is_safe,
+    quantize_scales,
+    say_fallback,
+)
 
 FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCK_SIZE = 256
 SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class NestedScales:
-    """The second level of double quantization.
-
-    absmax: (ceil(blocks / 256),) float32, the scale of each group of 256 first-level scales.
-    offset: () float32, the mean that was taken off before quantizing.
-    """
-
-    absmax: Tensor
-    offset: Tensor
 
 
 @dataclass(frozen=True)
@@ -110,15 +103,18 @@ class QuantizedTensor:
         """The first level's scales in float32, (blocks,): decoded where they are nested."""
         if self.nested is None:
             return self.absmax
-        scales = torch.empty(self.absmax.numel(), dtype=torch.float32, device=self.device)
-        dynamic = codebooks.dynamic_map().to(self.device)
-        dequantize_blockwise(self.absmax, self.nested.absmax, dynamic, NESTED_BLOCK_SIZE, scales)
-        return scales.add_(self.nested.offset)
+        return dequantize_scales(self.absmax, self.nested)
 
     def codes(self) -> Tensor:
         """The codes, one a value: (n,) uint8 in 0 ... 15."""
         pairs = torch.stack([self.packed >> 4, self.packed & 15], dim=1)
         return pairs.flatten()[: math.prod(self.shape)]
+
+    def code_values(self, start: int, stop: int) -> Tensor:
+        """The codebook's values for the flat range [start, stop), float32; start must be even."""
+        table = _pair_table(self.quant_type, self.device)
+        pairs = table.index_select(0, self.packed[start // 2 : (stop + 1) // 2].int())
+        return pairs.view(torch.float32)[: stop - start]
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """code * absmax, computed in float32 and rounded once.
@@ -158,38 +154,53 @@ class QuantizedTensor:
 
 
 def quantize(
-    weight: Tensor, format: str, block_size: int = 64, *, name: str = "weight"
+    weight: Tensor,
+    format: str,
+    block_size: int = 64,
+    *,
+    name: str = "weight",
+    nonfinite: str = "raise",
 ) -> QuantizedTensor:
     """Quantize a tensor of any shape to four bits a value.
 
     Args:
         weight: float32, float16 or bfloat16; any strides; any number of values, zero included.
-        format: "nf4" or "fp4" (float32 scales), "nf4-dq" or "fp4-dq" (double quantization).
+        format: "nf4" or "fp4" (float32 scales), "nf4-dq" or "fp4-dq" (double quantization; where
+            that would spoil rows of small weights, the tensor keeps float32 scales and the log
+            says so).
         block_size: values that share a scale: a power of two from 32 to 4096.
-        name: what error messages call the tensor.
+        name: what messages call the tensor.
+        nonfinite: "raise", or "allow": a NaN or infinity then spoils its own block and no other;
+            with double quantization the tensor keeps float32 scales.
 
     Raises:
-        QuantizationError: an unknown format or block size, a dtype that is no float, or a value
-            that is not finite (with how many there are, and where the first one stands).
+        QuantizationError: an unknown format, block size or policy, a dtype that is no float, or a
+            value that is not finite (with how many there are, and where the first one stands).
     """
     check_request(format, block_size, name)
+    if nonfinite not in ("raise", "allow"):
+        raise QuantizationError(f"nonfinite is {nonfinite!r}; expected 'raise' or 'allow'")
     if weight.dtype not in SOURCE_DTYPES:
         raise QuantizationError(
             f"{name}: dtype {weight.dtype} cannot be quantized; "
             "expected float32, float16 or bfloat16"
         )
-    flat = weight.detach().contiguous().view(-1)
-    _check_finite(flat, weight.shape, name)
+    weight = weight.detach().contiguous()
+    finite = _check_finite(weight, name, nonfinite)
     quant_type, _, double = format.partition("-")
-    code = codebooks.four_bit(quant_type)
-    codes, absmax = quantize_blockwise(flat, code, block_size)
-    nested = None
-    if double:
-        absmax, nested = _quantize_scales(absmax)
-    packed = _pack(codes, fill=code.tolist().index(0.0))
-    return QuantizedTensor(
-        packed, absmax, weight.shape, weight.dtype, block_size, nested, quant_type
+    packed, absmax = _quantize_packed(weight.view(-1), quant_type, block_size)
+    plain = QuantizedTensor(
+        packed, absmax, weight.shape, weight.dtype, block_size, None, quant_type
     )
+    if not double:
+        return plain
+    if finite:
+        codes, nested = quantize_scales(absmax)
+        scales = dequantize_scales(codes, nested)
+        if is_safe(weight, plain.code_values, absmax, scales, block_size):
+            return replace(plain, absmax=codes, nested=nested)
+    say_fallback(name)
+    return plain
 
 
 def check_request(format: str, block_size: int = 64, name: str = "weight") -> None:
@@ -202,35 +213,37 @@ def check_request(format: str, block_size: int = 64, name: str = "weight") -> No
         )
 
 
-def _quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    codes, nested_absmax = quantize_blockwise(
-        absmax - offset, codebooks.dynamic_map(), NESTED_BLOCK_SIZE
-    )
-    return codes, NestedScales(nested_absmax, offset)
+def _check_finite(weight: Tensor, name: str, nonfinite: str) -> bool:
+    """Whether all values are finite; an error, with their number and place, unless allowed."""
+    # A sum is finite only if all its terms are; it can overflow without them, so look again then.
+    if weight.numel() == 0 or torch.isfinite(weight.sum(dtype=torch.float32)):
+        return True
+    bad = (~torch.isfinite(weight)).nonzero()
+    if len(bad) == 0:
+        return True
+    if nonfinite == "raise":
+        first = bad[0].tolist()
+        raise QuantizationError(
+            f"{name}: {len(bad)} of {weight.numel()} values are not finite, the first at {first} "
+            f"({weight[tuple(first)].item()}); a quantized block cannot hold them"
+        )
+    return False
 
 
-def _check_finite(flat: Tensor, shape: torch.Size, name: str) -> None:
-    if flat.numel() == 0 or torch.isfinite(flat.sum(dtype=torch.float32)):
-        return  # a sum is finite only if all terms are; it can overflow, so look again below
-    bad = (~torch.isfinite(flat)).nonzero().flatten()
-    if bad.numel() == 0:
-        return
-    first = tuple(int(i) for i in torch.unravel_index(bad[0], shape)) if shape else ()
-    raise QuantizationError(
-        f"{name}: {bad.numel()} of {flat.numel()} values are not finite, the first at "
-        f"{list(first)} ({flat[bad[0]].item()}); a quantized block cannot hold them"
-    )
-
-
-def _pack(codes: Tensor, fill: int) -> Tensor:
-    """Pack (n,) uint8 codes into (ceil(n / 2),) bytes; an odd end is filled with `fill`."""
-    pairs = codes.numel() // 2
-    packed = torch.empty((codes.numel() + 1) // 2, dtype=torch.uint8, device=codes.device)
-    torch.bitwise_or(codes[0 : 2 * pairs : 2] << 4, codes[1 : 2 * pairs : 2], out=packed[:pairs])
-    if codes.numel() % 2:
-        packed[-1] = (codes[-1] << 4) | fill
-    return packed
+def _quantize_packed(flat: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantize and pack (n,), a chunk at a time, so that no tensor of one byte a value is made."""
+    n = flat.numel()
+    code = codebooks.four_bit(quant_type)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(number_of_blocks(n, block_size), dtype=torch.float32, device=flat.device)
+    for start in range(0, n, CHUNK_ELEMENTS):
+        stop = min(start + CHUNK_ELEMENTS, n)
+        codes, scales = quantize_blockwise(flat[start:stop], code, block_size)
+        absmax[start // block_size : number_of_blocks(stop, block_size)] = scales
+        if n % 2 and stop == n:  # the last byte's low nibble: the code of zero, as bitsandbytes
+            codes = torch.cat([codes, codes.new_tensor([code.tolist().index(0.0)])])
+        torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=packed[start // 2 : (stop + 1) // 2])
+    return packed, absmax
 
 
 @cache
