@@ -60,6 +60,7 @@ _ROOMS = {
     "models",
     "quant",
     "training",
+    "verify",
 }
 
 __all__ = sorted(_HOME)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from lorax import __version__
@@ -209,6 +210,77 @@ def merge(
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
 
+inspect = App(name="inspect", help="Look into a model: lorax inspect quantization MODEL")
+app.command(inspect)
+
+
+@inspect.command(name="quantization")
+def inspect_quantization(
+    model: str,
+    /,
+    *,
+    format: Annotated[
+        tuple[str, ...], Parameter(help="Formats to compare.", consume_multiple=True)
+    ] = (
+        "nf4",
+        "nf4-dq",
+        "fp4",
+        "fp4-dq",
+    ),
+    block_size: Annotated[
+        tuple[int, ...], Parameter(help="Block sizes to compare.", consume_multiple=True)
+    ] = (64,),
+    dtype: Dtype = "auto",
+    tensors: Annotated[bool, Parameter(help="A line for each tensor too.", negative="")] = False,
+    plot: Annotated[Path | None, Parameter(help="Write the picture there, as PNG.")] = None,
+    json: Json = False,
+) -> None:
+    """What quantizing would cost a model's weights: bits, error, the worst rows.
+
+    Parameters
+    ----------
+    model
+        A directory, Hub id or .gguf file.
+    """
+    from lorax.verify import quantization as report
+
+    errors = report.inspect_quantization(model, format, block_size, dtype)
+    if plot is not None:
+        report.plot(errors, plot)
+    if json:
+        print(report.to_json(errors))
+        return
+    table = Table(
+        "format", "block", "bits", "MB", "mean error", "RMS error", "fallbacks", "worst row"
+    )
+    for total in report.totals(errors):
+        worst = max(
+            (e for e in errors if (e.format, e.block_size) == (total.format, total.block_size)),
+            key=lambda e: e.worst_rows[0][1],
+        )
+        row, error = worst.worst_rows[0]
+        table.add_row(
+            total.format,
+            str(total.block_size),
+            f"{total.bits:.3f}",
+            f"{total.nbytes / 1e6:.1f}",
+            f"{total.mean_error:.3e}",
+            f"{100 * total.relative_rms:.2f} %",
+            str(total.fallbacks),
+            f"{100 * error:.1f} % {worst.name} [{row}]",
+        )
+    out.print(table)
+    if tensors:
+        for e in errors:
+            rows = ", ".join(f"{row}: {100 * error:.1f} %" for row, error in e.worst_rows)
+            _say(
+                f"{e.name}  {e.format}/{e.block_size}  {e.bits:.3f} bits  mean {e.mean_error:.3e}  "
+                f"RMS {100 * e.relative_rms:.2f} %  worst rows {rows}"
+            )
+    if plot is not None:
+        _say(f"picture  {plot}")
+
+
 @app.command
 def demo(
     *,
@@ -281,6 +353,10 @@ def _open(
         quantization=quantization,
         needs_adapter=needs_adapter,
     )
+
+
+def _say(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(value: dict[str, Any]) -> None:

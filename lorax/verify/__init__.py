@@ -1,0 +1,1 @@
+"""Reports: lorax's own numbers measured, and held against other libraries'."""
