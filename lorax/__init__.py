@@ -56,7 +56,7 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in {"adapters", "data", "formats", "inference", "kernels", "models", "quant"}:
+    if name in {"adapters", "data", "formats", "inference", "kernels", "models", "optim", "quant"}:
         return import_module(f"lorax.{name}")
     raise AttributeError(f"module 'lorax' has no attribute {name!r}")
 

@@ -14,15 +14,19 @@ below absmax = 1e-38 the reciprocal is held at 1e38, so that denormals shrink to
 of dividing by nothing.
 
 The work is cut into chunks of whole blocks that fit the cache; the chunk's size changes no bit.
+
+Adam's second moment needs one more rule, `quantize_positive_`: nearest codes would store small
+values as zero, which is then divided by. There a value above zero never gets code 0.
 """
 
 import torch
 from torch import Tensor
 
-from lorax.quant.codebooks import midpoints
+from lorax.quant.nearest import NearestTable, nearest_table
 
 CHUNK_ELEMENTS = 2**19  # 2 MiB of float32: measured best on two cores with 2 MiB of L2 each
 SMALLEST_ABSMAX = 1e-38
+SMALLEST_POSITIVE_ABSMAX = 1e-30  # times the unsigned map's least value still a normal float32
 
 
 def number_of_blocks(elements: int, block_size: int) -> int:
@@ -44,28 +48,49 @@ def quantize_blockwise(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor
     n = x.numel()
     codes = torch.empty(n, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(number_of_blocks(n, block_size), dtype=torch.float32, device=x.device)
-    boundaries = midpoints(code).to(x.device)
+    table = nearest_table(code.to(x.device))
     whole = n - n % block_size
     step = max(1, CHUNK_ELEMENTS // block_size) * block_size
     for start in range(0, whole, step):
         stop = min(start + step, whole)
-        _quantize_rows(
+        quantize_rows_(
             x[start:stop].view(-1, block_size),
-            boundaries,
+            table,
             codes[start:stop].view(-1, block_size),
             absmax[start // block_size : stop // block_size],
         )
     if whole < n:
-        _quantize_rows(x[None, whole:], boundaries, codes[None, whole:], absmax[-1:])
+        quantize_rows_(x[None, whole:], table, codes[None, whole:], absmax[-1:])
     return codes, absmax
 
 
-def _quantize_rows(x: Tensor, boundaries: Tensor, codes: Tensor, absmax: Tensor) -> None:
+def quantize_rows_(x: Tensor, table: NearestTable, codes: Tensor, absmax: Tensor) -> None:
     """One block a row: x (blocks, block_size) into codes (the same) and absmax (blocks,)."""
     x = x.float()
     torch.amax(x.abs(), dim=1, out=absmax)
     y = (x * absmax.clamp_min(SMALLEST_ABSMAX).reciprocal()[:, None]).clamp_(-1, 1)
-    codes.copy_(torch.bucketize(y, boundaries, out_int32=True))
+    codes.copy_(table.codes(y))
+
+
+def quantize_positive_(
+    x: Tensor, round_up: Tensor, code: Tensor, codes: Tensor, absmax: Tensor
+) -> None:
+    """Quantize whole blocks of values >= 0 so that none but zero itself becomes zero.
+
+    Args:
+        x: (blocks, block_size) float32, one block a row, nothing below zero.
+        round_up: the same shape, bool: where set, the next entry that is not smaller is taken
+            instead of the nearest.
+        code: (k,) float32, ascending from 0 to 1.
+        codes: the same shape as x, uint8, written.
+        absmax: (blocks,) float32, written; at least 1e-30, so that the least entry times absmax is
+            not zero either.
+    """
+    torch.amax(x, dim=1, out=absmax).clamp_min_(SMALLEST_POSITIVE_ABSMAX)
+    y = (x * absmax.reciprocal()[:, None]).clamp_(max=1)
+    nearest = nearest_table(code).codes(y)
+    short = code.index_select(0, nearest.view(-1).int()).view(y.shape) < y
+    torch.maximum(nearest.add_(short & round_up), (x > 0).to(torch.uint8), out=codes)
 
 
 def dequantize_blockwise(
