@@ -16,17 +16,19 @@ parameters see the moments before they are rounded.
 
 1. *v becomes zero while m does not.* v spans twice the decades of m. In a block where one gradient
    is 2,500 times another, the small one's v is 1.6e-7 of the largest and rounds to zero, its m is
-   4e-4 of the largest and does not: the next step is m / eps, thousands of learning rates. So a v
-   above zero never gets code 0 here; the least entry, 3.25e-7, makes such steps smaller instead.
+   4e-4 of the largest and does not: where its gradient then rests for a step, that step is m / eps,
+   thousands of learning rates. So a v above zero never gets code 0 here; the least entry, 3.25e-7,
+   makes such steps smaller instead.
 2. *v gets stuck.* With beta2 = 0.999 a step adds 0.001 (g^2 - v). In the lowest decades that is
    less than half the distance to the next entry even when g^2 is 700 v. One large gradient that
    raises the block's scale at the start is enough: the others' v stay where they began, and their
-   steps grow to 12 learning rates within 400 steps. So where g^2 exceeds 16 times the
+   steps grow to 14 learning rates within 400 steps. So where g^2 exceeds 16 times the
    bias-corrected v, v is rounded up instead of to the nearest: it then follows at least as fast as
    AdamW's own (5 learning rates at worst, measured over such gradients). Among normal gradients
    that is 1 in 16,000; there the codes are the nearest.
 
-bitsandbytes does neither; its CPU code happens to spare it the first.
+bitsandbytes rounds to the nearest in both cases. Measured on a CPU, its table happens to spare it
+the first, and it takes the 12 learning rates of the second.
 
 Tensors with fewer than `min_8bit_size` elements keep float32 moments.
 """
@@ -51,6 +53,7 @@ from lorax.quant.blockwise import (
 from lorax.quant.codebooks import dynamic_map
 from lorax.quant.nearest import nearest_table
 
+SIGNED_ZERO = 127  # the signed map's code of 0; the unsigned map's is 0
 OUTGROWN = 16.0  # g^2 beyond this many times v (bias-corrected) rounds v up: |g| over 4 sqrt(v)
 
 
@@ -109,6 +112,7 @@ class CodedMoments(Moments):
         self.exp_avg_absmax, behind = carve(memory, behind, torch.float32, blocks)
         self.exp_avg_sq, behind = carve(memory, behind, torch.uint8, elements)
         self.exp_avg_sq_absmax, _ = carve(memory, behind, torch.float32, blocks)
+        self.exp_avg.fill_(SIGNED_ZERO)  # what alignment leaves behind a tensor must read as zero
 
     def state(self, start: int, shape: torch.Size) -> dict[str, Tensor]:
         """See `Moments`."""

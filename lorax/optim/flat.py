@@ -91,7 +91,10 @@ class Moments(ABC):
 
 
 class Scratch:
-    """Two flat buffers for each dtype and device, through which pages pass."""
+    """Two flat buffers for each dtype and device, through which pages pass.
+
+    An optimizer keeps them: 2 MiB on a CPU, 32 MiB on a GPU, in float32.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
