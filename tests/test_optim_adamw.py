@@ -1,4 +1,4 @@
-"""AdamW and PagedAdamW against torch.optim.AdamW(foreach=False), bit for bit, and the state_dict."""
+"""AdamW and PagedAdamW against torch.optim.AdamW(foreach=False), bit for bit; state_dict."""
 
 import copy
 import gc
@@ -258,6 +258,9 @@ def test_8bit_and_32bit_states_are_not_mixed_up():
         ({"weight_decay": float("nan")}, "weight_decay"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"betas": (-0.1, 0.9)}, "betas"),
+        ({"betas": 0.9}, "betas"),
+        ({"betas": (0.9, "x")}, "betas"),
+        ({"lr": None}, "lr"),
         ({"amsgrad": True}, "amsgrad"),
         ({"capturable": True}, "capturable"),
         ({"differentiable": True}, "differentiable"),

@@ -300,16 +300,24 @@ def check_group(group: Mapping[str, Any]) -> None:
         UsageError: naming the value, and what is expected.
     """
     for key in ("lr", "eps", "weight_decay"):
-        if not float(group[key]) >= 0:
-            raise UsageError(f"optimizer: {key} = {group[key]}; expected 0 or more")
-    if len(group["betas"]) != 2 or not all(0 <= float(beta) < 1 for beta in group["betas"]):
-        raise UsageError(f"optimizer: betas = {group['betas']}; expected two numbers in [0, 1)")
+        if not (_is_number(group[key]) and group[key] >= 0):
+            raise UsageError(f"optimizer: {key} = {group[key]!r}; expected 0 or more")
+    betas = group["betas"]
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    if not (pair and all(_is_number(beta) and 0 <= beta < 1 for beta in betas)):
+        raise UsageError(f"optimizer: betas = {betas!r}; expected two numbers in [0, 1)")
     for key in ("amsgrad", "capturable", "differentiable"):
         if group[key]:
             raise UsageError(
                 f"optimizer: {key} = True is not part of lorax's optimizers; leave it out, or use "
                 "torch.optim.AdamW"
             )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _copy_state(mine: State, theirs: State) -> None:

@@ -51,7 +51,7 @@ from lorax.quant.blockwise import (
     quantize_rows_,
 )
 from lorax.quant.codebooks import dynamic_map
-from lorax.quant.nearest import nearest_table
+from lorax.quant.nearest import NearestTable, nearest_table
 
 SIGNED_ZERO = 127  # the signed map's code of 0; the unsigned map's is 0
 OUTGROWN = 16.0  # g^2 beyond this many times v (bias-corrected) rounds v up: |g| over 4 sqrt(v)
@@ -76,21 +76,22 @@ def adamw_8bit_(
         block_size: values per block.
         hyper: the step's numbers.
     """
-    signed, unsigned = _maps(p.device)
+    signed, unsigned = tables(p.device)
     m, v = torch.empty_like(p), torch.empty_like(p)
-    dequantize_blockwise(exp_avg, exp_avg_absmax, signed, block_size, m)
-    dequantize_blockwise(exp_avg_sq, exp_avg_sq_absmax, unsigned, block_size, v)
+    dequantize_blockwise(exp_avg, exp_avg_absmax, signed.values, block_size, m)
+    dequantize_blockwise(exp_avg_sq, exp_avg_sq_absmax, unsigned.values, block_size, v)
     adamw_(p, g, m, v, hyper)
-    rows = (-1, block_size)
-    quantize_rows_(m.view(rows), nearest_table(signed), exp_avg.view(rows), exp_avg_absmax)
     outgrown = g.square() > v * (OUTGROWN / (1 - hyper.beta2**hyper.step))
+    rows = (-1, block_size)
+    quantize_rows_(m.view(rows), signed, exp_avg.view(rows), exp_avg_absmax)
     quantize_positive_(
         v.view(rows), outgrown.view(rows), unsigned, exp_avg_sq.view(rows), exp_avg_sq_absmax
     )
 
 
-def _maps(device: torch.device) -> tuple[Tensor, Tensor]:
-    return dynamic_map(signed=True).to(device), dynamic_map(signed=False).to(device)
+def tables(device: torch.device) -> tuple[NearestTable, NearestTable]:
+    """The maps of exp_avg (signed) and of exp_avg_sq (unsigned), ready on a device."""
+    return nearest_table(dynamic_map(), device), nearest_table(dynamic_map(signed=False), device)
 
 
 class CodedMoments(Moments):
@@ -129,11 +130,11 @@ class CodedMoments(Moments):
         """See `Moments`."""
         state = self.state(start, shape)
         moments = []
-        maps = _maps(self.exp_avg.device)
-        for name, code in zip(("exp_avg", "exp_avg_sq"), maps, strict=True):
+        names = ("exp_avg", "exp_avg_sq")
+        for name, table in zip(names, tables(self.exp_avg.device), strict=True):
             flat = state[name].view(-1)
             out = torch.empty(flat.shape, device=flat.device)
-            dequantize_blockwise(flat, state[f"{name}_absmax"], code, self.block_size, out)
+            dequantize_blockwise(flat, state[f"{name}_absmax"], table.values, self.block_size, out)
             moments.append(out.view(shape))
         return moments[0], moments[1]
 

@@ -48,7 +48,7 @@ def quantize_blockwise(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor
     n = x.numel()
     codes = torch.empty(n, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(number_of_blocks(n, block_size), dtype=torch.float32, device=x.device)
-    table = nearest_table(code.to(x.device))
+    table = nearest_table(code.cpu(), x.device)
     whole = n - n % block_size
     step = max(1, CHUNK_ELEMENTS // block_size) * block_size
     for start in range(0, whole, step):
@@ -73,7 +73,7 @@ def quantize_rows_(x: Tensor, table: NearestTable, codes: Tensor, absmax: Tensor
 
 
 def quantize_positive_(
-    x: Tensor, round_up: Tensor, code: Tensor, codes: Tensor, absmax: Tensor
+    x: Tensor, round_up: Tensor, table: NearestTable, codes: Tensor, absmax: Tensor
 ) -> None:
     """Quantize whole blocks of values >= 0 so that none but zero itself becomes zero.
 
@@ -81,15 +81,15 @@ def quantize_positive_(
         x: (blocks, block_size) float32, one block a row, nothing below zero.
         round_up: the same shape, bool: where set, the next entry that is not smaller is taken
             instead of the nearest.
-        code: (k,) float32, ascending from 0 to 1.
+        table: of a codebook that goes from 0 to 1.
         codes: the same shape as x, uint8, written.
         absmax: (blocks,) float32, written; at least 1e-30, so that the least entry times absmax is
             not zero either.
     """
     torch.amax(x, dim=1, out=absmax).clamp_min_(SMALLEST_POSITIVE_ABSMAX)
     y = (x * absmax.reciprocal()[:, None]).clamp_(max=1)
-    nearest = nearest_table(code).codes(y)
-    short = code.index_select(0, nearest.view(-1).int()).view(y.shape) < y
+    nearest = table.codes(y)
+    short = table.values.index_select(0, nearest.view(-1).int()).view(y.shape) < y
     torch.maximum(nearest.add_(short & round_up), (x > 0).to(torch.uint8), out=codes)
 
 

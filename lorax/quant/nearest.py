@@ -32,8 +32,12 @@ CELLS = 2**16
 
 @dataclass(frozen=True)
 class NearestTable:
-    """For each cell of float32: `lowest` (65536,) uint8 and `boundary` (65536,) float32."""
+    """A codebook, `values` (k,) float32, and its answers for each cell of float32.
 
+    `lowest` is (65536,) uint8, `boundary` (65536,) float32.
+    """
+
+    values: Tensor
     lowest: Tensor
     boundary: Tensor
 
@@ -44,18 +48,19 @@ class NearestTable:
         return self.lowest.index_select(0, cell).add_(above).view(y.shape)
 
 
-def nearest_table(code: Tensor) -> NearestTable:
-    """The table of an ascending codebook (k,) float32, k <= 256, on its device.
+def nearest_table(code: Tensor, device: torch.device) -> NearestTable:
+    """The table of an ascending codebook (k,) float32 on the CPU, k <= 256; kept for each device.
 
     Raises:
         QuantizationError: two boundaries of the codebook fall into one cell.
     """
-    return _table(code.cpu().numpy().tobytes(), code.device)
+    return _table(code.numpy().tobytes(), device)
 
 
 @lru_cache(maxsize=16)
-def _table(values: bytes, device: torch.device) -> NearestTable:
-    boundaries = midpoints(torch.frombuffer(bytearray(values), dtype=torch.float32))
+def _table(content: bytes, device: torch.device) -> NearestTable:
+    values = torch.frombuffer(bytearray(content), dtype=torch.float32)
+    boundaries = midpoints(values)
     upper = torch.arange(-CELLS // 2, CELLS // 2, dtype=torch.int32) << 16
     ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)  # (2, cells), by magnitude
     ends[1] = torch.where(ends[0].isinf(), ends[0], ends[1])  # arithmetic's NaNs lie further out
@@ -68,4 +73,5 @@ def _table(values: bytes, device: torch.device) -> NearestTable:
         )
     beyond = torch.tensor([torch.inf])
     boundary = torch.where(last > first, torch.cat([boundaries, beyond])[first], beyond)
-    return NearestTable(first.to(torch.uint8).to(device), boundary.to(device))
+    lowest = first.to(torch.uint8)
+    return NearestTable(values.to(device), lowest.to(device), boundary.to(device))
