@@ -7,9 +7,9 @@ on all quantized weights of SmolLM2-135M. Perplexity: of SmolLM2 with those weig
 docstrings of the demo. Scales are float32 here; the question is the codebook.
 
 AF4 is AbnormalFloat (Yoshida 2023, arXiv:2306.06965), its values for blocks of 64. The fitted table
-is Lloyd-Max: sixteen values, -1, 0 and 1 among them, that minimize the squared error of normal numbers
-divided by their block's largest magnitude, found for each block size by alternating assignment and
-means (Lloyd 1982).
+is Lloyd-Max: sixteen values, -1, 0 and 1 among them, that minimize the squared error of normal
+numbers divided by their block's largest magnitude, found for each block size by alternating
+assignment and means (Lloyd 1982).
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ _ROOMS = {
     "inference",
     "kernels",
     "models",
+    "optim",
     "quant",
     "training",
     "verify",

@@ -275,7 +275,7 @@ def test_r6_allowed_it_spoils_its_own_block_only(kind, bad, double, caplog):
     assert torch.equal(back[others], clean[others])
     assert not torch.isfinite(back[7]).all()
     assert [r.getMessage().split(":")[0] for r in caplog.records] == (["up"] if double else [])
-    with pytest.raises(QuantizationError, match="policy|nonfinite"):
+    with pytest.raises(QuantizationError, match="nonfinite"):
         lorax.quantize(x, format, nonfinite="perhaps")
 
 

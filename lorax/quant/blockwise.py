@@ -14,19 +14,19 @@ below absmax = 1e-38 the reciprocal is held at 1e38, so that denormals shrink to
 of dividing by nothing.
 
 The work is cut into chunks of whole blocks that fit the cache; the chunk's size changes no bit.
-"""
 
-from collections.abc import Callable
+Adam's second moment needs one more rule, `quantize_positive_`: nearest codes would store small
+values as zero, which is then divided by. There a value above zero never gets code 0.
+"""
 
 import torch
 from torch import Tensor
 
-from lorax.quant.codebooks import midpoints
-
-Finder = Callable[[Tensor, Tensor], None]
+from lorax.quant.nearest import NearestTable, nearest_table
 
 CHUNK_ELEMENTS = 2**19  # 2 MiB of float32: measured best on two cores with 2 MiB of L2 each
 SMALLEST_ABSMAX = 1e-38
+SMALLEST_POSITIVE_ABSMAX = 1e-30  # times the unsigned map's least value still a normal float32
 
 
 def number_of_blocks(elements: int, block_size: int) -> int:
@@ -48,58 +48,49 @@ def quantize_blockwise(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor
     n = x.numel()
     codes = torch.empty(n, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(number_of_blocks(n, block_size), dtype=torch.float32, device=x.device)
-    find = _finder(code.to(x.device))
+    table = nearest_table(code.cpu(), x.device)
     whole = n - n % block_size
     step = max(1, CHUNK_ELEMENTS // block_size) * block_size
     for start in range(0, whole, step):
         stop = min(start + step, whole)
-        _quantize_rows(
+        quantize_rows_(
             x[start:stop].view(-1, block_size),
-            find,
+            table,
             codes[start:stop].view(-1, block_size),
             absmax[start // block_size : stop // block_size],
         )
     if whole < n:
-        _quantize_rows(x[None, whole:], find, codes[None, whole:], absmax[-1:])
+        quantize_rows_(x[None, whole:], table, codes[None, whole:], absmax[-1:])
     return codes, absmax
 
 
-def _quantize_rows(x: Tensor, find: Finder, codes: Tensor, absmax: Tensor) -> None:
+def quantize_rows_(x: Tensor, table: NearestTable, codes: Tensor, absmax: Tensor) -> None:
     """One block a row: x (blocks, block_size) into codes (the same) and absmax (blocks,)."""
     x = x.float()
     torch.amax(x.abs(), dim=1, out=absmax)
     y = (x * absmax.clamp_min(SMALLEST_ABSMAX).reciprocal()[:, None]).clamp_(-1, 1)
-    find(y, codes)
+    codes.copy_(table.codes(y))
 
 
-def _finder(code: Tensor) -> Finder:
-    """How to find codes in this codebook: writes the nearest codes of y into an equal uint8.
+def quantize_positive_(
+    x: Tensor, round_up: Tensor, table: NearestTable, codes: Tensor, absmax: Tensor
+) -> None:
+    """Quantize whole blocks of values >= 0 so that none but zero itself becomes zero.
 
-    A small codebook's codes are found by counting the midpoints below y, one vectorized comparison
-    each: for 16 values a third of the time of torch's binary search, which takes the larger ones.
+    Args:
+        x: (blocks, block_size) float32, one block a row, nothing below zero.
+        round_up: the same shape, bool: where set, the next entry that is not smaller is taken
+            instead of the nearest.
+        table: of a codebook that goes from 0 to 1.
+        codes: the same shape as x, uint8, written.
+        absmax: (blocks,) float32, written; at least 1e-30, so that the least entry times absmax is
+            not zero either.
     """
-    boundaries = midpoints(code)
-    order = code.argsort(stable=True).to(torch.uint8)
-    ascending = bool((order[1:] > order[:-1]).all())
-
-    def count(y: Tensor, codes: Tensor) -> None:
-        below = torch.empty_like(codes, dtype=torch.bool)
-        codes.zero_()
-        for boundary in boundaries.tolist():
-            codes.add_(torch.gt(y, boundary, out=below).view(torch.uint8))
-
-    def search(y: Tensor, codes: Tensor) -> None:
-        codes.copy_(torch.bucketize(y, boundaries, out_int32=True))
-
-    nearest = count if code.numel() <= 16 else search
-    if ascending:
-        return nearest
-
-    def reordered(y: Tensor, codes: Tensor) -> None:
-        nearest(y, codes)
-        codes.copy_(order[codes.int()])
-
-    return reordered
+    torch.amax(x, dim=1, out=absmax).clamp_min_(SMALLEST_POSITIVE_ABSMAX)
+    y = (x * absmax.reciprocal()[:, None]).clamp_(max=1)
+    nearest = table.codes(y)
+    short = table.values.index_select(0, nearest.view(-1).int()).view(y.shape) < y
+    torch.maximum(nearest.add_(short & round_up), (x > 0).to(torch.uint8), out=codes)
 
 
 def dequantize_blockwise(

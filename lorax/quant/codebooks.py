@@ -24,6 +24,8 @@ zeros, 0000 and 1000: what is just above zero becomes the second one, and comes 
 **The dynamic 8-bit map** (Dettmers et al. 2022, arXiv:2110.02861) stores the scales themselves in
 double quantization. The place of the first set bit behind the sign is a decimal exponent; the bits
 behind it are a linear fraction. Large values get six bits of fraction, small ones seven decades.
+What is never negative, as Adam's second moment, takes the unsigned map: the sign's bit goes to the
+fraction, so every decade has twice the magnitudes.
 """
 
 from functools import cache
@@ -85,18 +87,21 @@ def four_bit(quant_type: str) -> Tensor:
 
 
 @cache
-def dynamic_map() -> Tensor:
-    """The signed dynamic 8-bit map, ascending: (256,) float32, as bitsandbytes builds it.
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The dynamic 8-bit map, ascending: (256,) float32, as bitsandbytes builds it.
 
-    Decade e in 0 ... 6 holds 2^e magnitudes: the midpoints of 2^e equal parts of [0.1, 1], times
-    10^(e - 6). With both signs that is 254 values; 0 and 1 complete the table (-1 is not in it).
+    Decade e in 0 ... 6 holds 2^e magnitudes (unsigned: 2^(e + 1)): the midpoints of as many equal
+    parts of [0.1, 1], times 10^(e - 6). With both signs that is 254 values, and unsigned too; 0 and
+    1 complete the table (-1 is not in it).
     """
     decades = []
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        count = 2**exponent if signed else 2 ** (exponent + 1)
+        edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float32)
         decades.append((edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (exponent - 6))
     magnitudes = torch.cat(decades)
-    return torch.cat([-magnitudes, torch.tensor([0.0, 1.0]), magnitudes]).sort().values
+    negative = [-magnitudes] if signed else []
+    return torch.cat([*negative, torch.tensor([0.0, 1.0]), magnitudes]).sort().values
 
 
 def midpoints(code: Tensor) -> Tensor:

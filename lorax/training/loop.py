@@ -37,6 +37,7 @@ from lorax.models import Model
 from lorax.models.loss import summed_loss
 from lorax.training.evaluate import evaluate
 from lorax.training.metrics import Line, MetricsFile, plot_loss
+from lorax.training.optimizers import build_optimizer, paging_line, set_rates
 from lorax.training.recipe import Recipe
 from lorax.training.schedule import rate_factor, warmup_steps
 
@@ -132,14 +133,8 @@ def _train_steps(
     settings = plan.recipe.train
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimizer = build_optimizer(model, settings)
+    base_rates = [group["lr"] for group in optimizer.param_groups]
     warmup = warmup_steps(plan.total_steps, settings.warmup_ratio)
     tokens = 0
     started = time.perf_counter()
@@ -159,9 +154,7 @@ def _train_steps(
         plan.train_rows, settings.batch_size, settings.seed, plan.recipe.data.shuffle
     )
     for step, (epoch, rows) in enumerate(islice(batches, plan.total_steps), 1):
-        rate = settings.learning_rate * rate_factor(
-            settings.lr_scheduler, step - 1, plan.total_steps, warmup
-        )
+        factor = rate_factor(settings.lr_scheduler, step - 1, plan.total_steps, warmup)
         step_tokens = sum(row.tokens for row in rows)
         loss = torch.zeros((), device=device)
         for batch in micro_batches(rows, settings.micro_batch_size, tokenizer.pad_token_id):
@@ -175,17 +168,16 @@ def _train_steps(
             "step": step,
             "epoch": round(epoch, 6),
             "loss": loss.item(),
-            "learning_rate": rate,
+            "learning_rate": settings.learning_rate * factor,
             "grad_norm": grad_norm.item(),
             "tokens": tokens,
             "seconds": round(time.perf_counter() - started, 3),
         }
         _stop_unless_finite(line, metrics)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_rates(optimizer, base_rates, factor)
         optimizer.step()
         optimizer.zero_grad()
-        measure(line)
+        measure(line | paging_line(optimizer))
         due = settings.eval_steps is not None and step % settings.eval_steps == 0
         if plan.eval_rows and (due or step == plan.total_steps):
             evaluate_at(step)

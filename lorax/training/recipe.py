@@ -70,11 +70,11 @@ class TrainSection(Section):
     warmup_ratio: float = Field(0.05, ge=0.0, lt=1.0)
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: float = Field(1.0, ge=0.0)
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
     adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
     adam_beta2: float = Field(0.999, ge=0.0, lt=1.0)
     adam_epsilon: float = Field(1e-8, gt=0)
-    lora_plus_ratio: float | None = None
+    lora_plus_ratio: float | None = Field(None, gt=0)
     eval_steps: int | None = Field(None, ge=1)
     save_steps: int | None = None
     keep_checkpoints: int | None = None
@@ -98,8 +98,6 @@ AdapterSection: Any = create_model(
 _NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "adapter.method": (("lora",), "other methods than lora"),
     "data.packing": ((False,), "packing"),
-    "train.optimizer": (("adamw",), "other optimizers than adamw"),
-    "train.lora_plus_ratio": ((None,), "LoRA+"),
     "train.save_steps": ((None,), "checkpoints"),
     "train.keep_checkpoints": ((None,), "checkpoints"),
     "train.early_stopping_patience": ((0,), "early stopping"),
