@@ -28,8 +28,8 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import torch  # noqa: E402
-import triton  # noqa: E402
+import torch
+import triton
 
 SHARED_LIMIT_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # a block, opted in
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -73,9 +73,7 @@ def instructions(code: str) -> tuple[list[str], list[str]]:
                 loops.append((labels[target[1]], len(found) + 1))
             found.append(match[2])
     loops = [loop for loop in loops if loop[1] - loop[0] > 1]  # the trap after EXIT jumps to itself
-    inner = [
-        a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
-    ]
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     begin, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, 0))
     return found, found[begin:end]
 
@@ -144,7 +142,16 @@ def contracted_dequantize(weight: Any, out: torch.Tensor) -> None:
 
 def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
     """Name, call, and decoded values a thread (0 where none are decoded)."""
-    from lorax.kernels import adamw, cross_entropy, dequantize, launch, lora, matmul, quantize, tuning
+    from lorax.kernels import (
+        adamw,
+        cross_entropy,
+        dequantize,
+        launch,
+        lora,
+        matmul,
+        quantize,
+        tuning,
+    )
     from lorax.kernels.hyper import AdamWStep
 
     gpu = launch.capability(torch.device("cpu"))

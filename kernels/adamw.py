@@ -14,10 +14,10 @@ Per value and step, in float32, in torch.optim.AdamW's order:
     v <- beta2 v + (1 - beta2) g g
     p <- p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-**8-bit states** (Dettmers et al., arXiv:2110.02861): m and v are kept as codes of a dynamic map with
-one float32 scale for each 256 values: 2.03 bytes a parameter. The step uses the new m and v before
-they are rounded. A second moment that is not zero is never stored as zero: the nearest code would
-be zero where one block mixes gradients far apart, and m / (sqrt(0) + eps) is an explosion.
+**8-bit states** (Dettmers et al., arXiv:2110.02861): m and v are kept as codes of a dynamic map,
+with one float32 scale for each 256 values: 2.03 bytes a parameter. The step uses the new m and v
+before they are rounded. A second moment that is not zero is never stored as zero: the nearest code
+would be zero where one block mixes gradients far apart, and m / (sqrt(0) + eps) is an explosion.
 
 Cost: 28 bytes a value with 32-bit states, 16 with 8-bit ones (float32 p and g).
 """

@@ -6,10 +6,10 @@ each stands for make a table; one look-up decodes a byte:
     16 bit   256 x int32     [ second | first ]     exact where the values are rounded to 16 bits
     32 bit   256 x int64     [ second | first ]     the values themselves
 
-A table in shared memory is read by 32 threads at once, through 32 banks. Threads that want different
-words of one bank wait for each other, three or four deep on random bytes. So the product kernels
-keep `COPIES` copies, entry by entry, [b0 b0 ... b1 b1 ...]: threads with different copies lie in
-different banks.
+A table in shared memory is read by 32 threads at once, through 32 banks. Threads that want
+different words of one bank wait for each other, three or four deep on random bytes. So the product
+kernels keep `COPIES` copies, entry by entry, [b0 b0 ... b1 b1 ...]: threads with different copies
+lie in different banks.
 
 **A scale** is float32, or, with double quantization, a code for the dynamic map; then
 absmax = map[code] * nested_absmax + offset, one multiplication and one addition. PyTorch rounds

@@ -6,8 +6,8 @@
     dX      = logits W                         cuBLAS, straight into its rows of dX
 
 With V = 128,256 and 2,048 tokens the whole logits would be 525 MB in bf16 and 1.05 GB in float32;
-here they are at most CHUNK_BYTES. The kernel reads each logit twice and writes it once; the sum runs
-over the vocabulary online, with the largest logit so far taken out (Milakov and Gimelshein,
+here they are at most CHUNK_BYTES. The kernel reads each logit twice and writes it once; the sum
+runs over the vocabulary online, with the largest logit so far taken out (Milakov and Gimelshein,
 arXiv:1805.02867).
 
 A target of -100 (any that is negative) counts nothing: loss 0 and a row of zeros in dX.

@@ -63,9 +63,9 @@ def _dequantize_kernel(
     offset = 0.0
     if NESTED:
         offset = tl.load(nested_offset)
-    scales = block_scales(
-        absmax, nested_absmax, nested_map, offset, first_block + block, block * BLOCK_SIZE < n, NESTED
-    )
+    inside = block * BLOCK_SIZE < n
+    block += first_block
+    scales = block_scales(absmax, nested_absmax, nested_map, offset, block, inside, NESTED)
     first = tl.reshape(first_of(pairs, tl.float32), BLOCKS, BLOCK_SIZE // 2) * scales[:, None]
     second = tl.reshape(second_of(pairs, tl.float32), BLOCKS, BLOCK_SIZE // 2) * scales[:, None]
     values = tl.reshape(tl.join(first, second), TILE).to(out.dtype.element_ty)

@@ -1,8 +1,8 @@
 """How a kernel is started: one door for running, and for compiling without a GPU.
 
 Every host function of this package allocates through `empty` and starts kernels through `launch`.
-So a test can put canaries around each buffer, and `compile_only` can ask the shipped host code, with
-the shipped configurations, what it would have started on a GPU that is not there:
+So a test can put canaries around each buffer, and `compile_only` can ask the shipped host code,
+with the shipped configurations, what it would have started on a GPU that is not there:
 
     with compile_only(90) as compiled:          # sm_90: an H100
         dequantize(packed, absmax, ...)         # returns without computing anything
@@ -36,7 +36,7 @@ def empty(
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Start `kernel` over `grid` on the device of its first tensor; an empty grid starts nothing."""
+    """Start `kernel` over `grid`, on its first tensor's device; an empty grid starts nothing."""
     if 0 in grid:
         return
     if _compiled is not None:

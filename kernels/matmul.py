@@ -104,9 +104,7 @@ def _vector_kernel(
         block = begin // (BLOCK_SIZE // 8) + tl.arange(0, BLOCKS)
         present = (row < N)[:, None] & (block < row_blocks)[None, :]
         block = row[:, None] * row_blocks + block[None, :]
-        scales = block_scales(
-            absmax, nested_absmax, nested_map, offset, block, present, NESTED
-        )
+        scales = block_scales(absmax, nested_absmax, nested_map, offset, block, present, NESTED)
         scales = tl.broadcast_to(scales[:, :, None], ROWS, BLOCKS, BLOCK_SIZE // 8)
 
         fourth = tl.arange(0, 4)
@@ -121,9 +119,7 @@ def _vector_kernel(
         for byte in tl.static_range(4):
             x_pair = x0 if byte == 0 else (x1 if byte == 1 else (x2 if byte == 2 else x3))
             index = (((packed >> (8 * byte)) & 255) * COPIES) | copy
-            value = tl.reshape(
-                tl.gather(table, tl.reshape(index, ROWS * WORDS), 0), ROWS, WORDS
-            )
+            value = tl.reshape(tl.gather(table, tl.reshape(index, ROWS * WORDS), 0), ROWS, WORDS)
             first, second = first_of(value, DTYPE), second_of(value, DTYPE)
             x_first, x_second = first_of(x_pair, DTYPE), second_of(x_pair, DTYPE)
             part += first.to(tl.float32) * x_first.to(tl.float32)[None, :]
@@ -184,16 +180,12 @@ def _skinny_kernel(
     if NESTED:
         offset = tl.load(nested_offset)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in tl.range(
-        tl.program_id(1), tl.cdiv(row_words, WORDS), SPLITS, num_stages=STAGES
-    ):
+    for step in tl.range(tl.program_id(1), tl.cdiv(row_words, WORDS), SPLITS, num_stages=STAGES):
         word = step * WORDS + tl.arange(0, WORDS)
         inside = (row < N)[:, None] & (word < row_words)[None, :]
         packed = tl.load(words + row[:, None] * row_words + word[None, :], mask=inside, other=0)
         block = row * row_blocks + step // (BLOCK_SIZE // STEP)
-        scales = block_scales(
-            absmax, nested_absmax, nested_map, offset, block, row < N, NESTED
-        )
+        scales = block_scales(absmax, nested_absmax, nested_map, offset, block, row < N, NESTED)
         pair = step * (STEP // 2) + tl.arange(0, STEP // 2)
         inside = (column < M)[:, None] & (pair < row_words * 4)[None, :]
         x_pairs = tl.load(
@@ -289,9 +281,7 @@ def _backward_kernel(
         start = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, GROUPS) * GROUP
         inside = (row < N)[:, None] & (start < K)[None, :]
         block = row[:, None] * row_blocks + (start // BLOCK_SIZE)[None, :]
-        scales = block_scales(
-            absmax, nested_absmax, nested_map, offset, block, inside, NESTED
-        )
+        scales = block_scales(absmax, nested_absmax, nested_map, offset, block, inside, NESTED)
         scales = tl.reshape(
             tl.broadcast_to(scales[:, :, None], ROWS, GROUPS, GROUP // 2), ROWS, WIDTH // 2
         )
@@ -308,9 +298,7 @@ def _backward_kernel(
     place = tl.arange(0, WIDTH // 2)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     place = tl.join(place, place + WIDTH // 2 * COLUMNS)
     SIZE: tl.constexpr = WIDTH * COLUMNS
-    both, last = sum_of_splits(
-        tl.join(even, odd), parts, arrivals, tile, place, SIZE, SPLITS
-    )
+    both, last = sum_of_splits(tl.join(even, odd), parts, arrivals, tile, place, SIZE, SPLITS)
     if last:
         if RANK > 0:
             even, odd = tl.split(both)
@@ -558,9 +546,7 @@ def _weight_arguments(weight: PackedWeight) -> tuple[Tensor | None, ...]:
     return (words, weight.absmax, weight.code, *nested)
 
 
-def _path_arguments(
-    path: Path | None, M: int
-) -> tuple[Tensor | None, Tensor | None, float, int]:
+def _path_arguments(path: Path | None, M: int) -> tuple[Tensor | None, Tensor | None, float, int]:
     """h (M, r), up (N, r), scaling and r; r = 0 where there is no path."""
     if path is None:
         return None, None, 0.0, 0

@@ -4,7 +4,8 @@
             ->  code = the number of midpoints below y        a binary search: 4 or 8 steps
 
 The operations and their order are those of lorax/quant/blockwise.py, so the codes and scales agree
-bit for bit: the division is the correctly rounded one, and a NaN or an infinity spoils its own block.
+bit for bit: the division is the correctly rounded one, and a NaN or an infinity spoils its own
+block.
 
 A table need not ascend: FP4's values are ordered by their bits, and it has two zeros. The search
 runs over the sorted values, and a second table gives back the code; of two equal values the first
@@ -58,9 +59,7 @@ def _quantize_kernel(
         tl.store(codes + place, code.to(tl.uint8), mask=inside)
 
 
-def _quantize(
-    x: Tensor, code: Tensor, block_size: int, packed: bool
-) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, code: Tensor, block_size: int, packed: bool) -> tuple[Tensor, Tensor]:
     flat = x.contiguous().view(-1)
     n = flat.numel()
     codes = empty(((n + 1) // 2 if packed else n,), torch.uint8, x.device)

@@ -21,7 +21,8 @@ def scales(weight: PackedWeight) -> Tensor:
     assert weight.nested_map is not None
     assert weight.nested_offset is not None
     group = torch.arange(weight.absmax.numel(), device=weight.absmax.device) // 256
-    return weight.nested_map[weight.absmax.int()] * weight.nested_absmax[group] + weight.nested_offset
+    values = weight.nested_map[weight.absmax.int()]
+    return values * weight.nested_absmax[group] + weight.nested_offset
 
 
 def dequantize(weight: PackedWeight, out: Tensor, start: int = 0) -> Tensor:
@@ -111,6 +112,39 @@ def cross(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
     """Twin of lora.cross."""
     left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
     return (left.float().t() @ right.float()) * scaling
+
+
+def forward(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Twin of lora.forward."""
+    h = down(x, A)
+    return matmul(x, weight, bias, (h, B, scaling)), h
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: PackedWeight,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    wants_dx: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Twin of lora.backward."""
+    dh = down(dy, B.t(), scaling)
+    dx = matmul_dx(dy, weight, (dh, A.t(), 1.0)) if wants_dx else None
+    return dx, cross(dh, x).to(A.dtype), cross(dy, h, scaling).to(B.dtype)
+
+
+def lora_linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    """Twin of lora.lora_linear: the gradients are autograd's."""
+    h = F.linear(x, A.to(x.dtype))
+    y = F.linear(x, _dense(weight, x.dtype), bias)
+    return y + (h @ B.to(x.dtype).t()) * scaling
 
 
 def cross_entropy(

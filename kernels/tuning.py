@@ -44,7 +44,11 @@ class Vector:
 
 @dataclass(frozen=True)
 class Skinny:
-    """rows: of W a program; copies of the table; stages: steps of K loaded ahead."""
+    """rows: of W a program; copies of the table; stages: steps of K loaded ahead.
+
+    num_warps goes by the columns of M that a program takes: on a Hopper, 64 columns in 4 warps
+    spill registers; on a Blackwell they do not, and 8 warps do.
+    """
 
     rows: int
     copies: int
@@ -70,16 +74,16 @@ _DEQUANTIZE = {
     100: Dequantize(tile=8192, num_warps=4),
 }
 _VECTOR = {
-    80: Vector(rows=8, step=4096, copies=8, num_warps=4),
-    89: Vector(rows=8, step=4096, copies=8, num_warps=4),
-    90: Vector(rows=8, step=4096, copies=8, num_warps=4),
-    100: Vector(rows=8, step=4096, copies=8, num_warps=4),
+    80: Vector(rows=8, step=2048, copies=8, num_warps=4),
+    89: Vector(rows=8, step=2048, copies=8, num_warps=4),
+    90: Vector(rows=8, step=2048, copies=8, num_warps=4),
+    100: Vector(rows=8, step=2048, copies=8, num_warps=4),
 }
-_SKINNY = {  # warps by the columns of M that a program takes: 64 columns need the registers of 8
+_SKINNY = {
     80: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
     89: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 8}, stages=3),
     90: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
-    100: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
+    100: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 4}, stages=4),
 }
 _BACKWARD = {
     80: Backward(columns=128, rows=32, copies=1, num_warps=4, stages=3),

@@ -19,7 +19,9 @@ if importlib.util.find_spec("lorax") is None:
     sys.path.insert(0, str(ROOT))
 if importlib.util.find_spec("lorax.kernels") is None:  # a bare GPU machine: lorax is not installed
     spec = importlib.util.spec_from_file_location(
-        "lorax.kernels", ROOT / "kernels/__init__.py", submodule_search_locations=[str(ROOT / "kernels")]
+        "lorax.kernels",
+        ROOT / "kernels/__init__.py",
+        submodule_search_locations=[str(ROOT / "kernels")],
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules["lorax.kernels"] = module
@@ -154,11 +156,11 @@ def relative_error(found, truth):
 def assert_within_r9(found, twin, truth, name, factor=1.5):
     """R9: the kernel's error against float64 is at most 1.5 times the twin's.
 
-    Where the twin's error happens to be next to nothing (a handful of values, each of them exact by
-    luck), half a unit in the last place of the result's dtype is allowed.
+    Fewer than 64 values are no statistics: the twin may be exact by luck. There half a unit in the
+    last place of the result is allowed on top.
     """
-    assert found.shape == truth.shape, name
+    assert found.shape == twin.shape == truth.shape, name
     assert found.dtype == twin.dtype, name
     mine, its = relative_error(found, truth), relative_error(twin, truth)
-    half_unit = torch.finfo(found.dtype).eps / 2
-    assert mine <= max(factor * its, half_unit), f"{name}: {mine:.3g}; the twin's {its:.3g}"
+    luck = torch.finfo(found.dtype).eps / 2 if found.numel() < 64 else 0.0
+    assert mine <= factor * its + luck, f"{name}: {mine:.3g}; the twin's {its:.3g}"
