@@ -78,6 +78,22 @@ def instructions(code: str) -> tuple[list[str], list[str]]:
     return found, found[begin:end]
 
 
+def packed_vector(ttgir: str) -> int | None:
+    """How many int32 words a thread takes at once where the packed weight is loaded.
+
+    The load is found by the name of its result; it may be an asynchronous copy to shared memory.
+    """
+    layouts = dict(
+        re.findall(r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\]", ttgir, re.M)
+    )
+    found = re.findall(
+        r"%(?:packed|words)\w* = (?:tt\.load|ttg\.async_copy_global_to_local) .*tensor<[\dx]+x!tt\.ptr<i32>, (#\w+)>",
+        ttgir,
+    )
+    widths = [int(layouts[name].split(",")[-1]) for name in found if name in layouts]
+    return widths[0] if widths else None
+
+
 def examine(kernel: Any) -> dict[str, Any]:
     """The facts about one compiled kernel."""
     code, usage = disassemble(kernel.asm["cubin"])
@@ -101,6 +117,8 @@ def examine(kernel: Any) -> dict[str, Any]:
         "wide_loads": count(r"(LDG|LDGSTS)\..*128|UTMALDG"),
         "narrow_loads": count(r"(LDG|LDGSTS)\.(?!.*128)"),
         "fused_multiply_adds": count(r"FFMA"),
+        "mul_add_ptx": len(re.findall(r"fma\.rn\.f32", kernel.asm["ptx"])),
+        "packed_vector": packed_vector(kernel.asm["ttgir"]),
         "rounding_conversions": len(re.findall(r"cvt\.rn\.\w+\.f32", kernel.asm["ptx"])),
         "warp_group_products": count(r"HGMMA|UTC\w*MMA"),
         "warp_products": count(r"HMMA"),

@@ -50,7 +50,7 @@ def _softmax_gradient_kernel(
         tl.debug_barrier()  # the target's logit is read before any thread overwrites it
         for begin in range(0, V, COLUMNS):
             column = begin + tl.arange(0, COLUMNS)
-            part = tl.load(logits + column, mask=column < V, other=0.0).to(tl.float32)
+            part = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
             p = tl.exp(part - log_sum) - tl.where(column == target, 1.0, 0.0)
             p = tl.where(counted, p, 0.0).to(logits.dtype.element_ty)
             tl.store(logits + column, p, mask=column < V)

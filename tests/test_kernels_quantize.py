@@ -19,6 +19,10 @@ from lorax.quant.nf4 import quantize
 DYNAMIC = codebooks.dynamic_map().to(DEVICE)
 
 
+def rotated(dtypes, turn):
+    return dtypes[turn % 3 :] + dtypes[: turn % 3]
+
+
 def assert_bit_equal(found, expected):
     for mine, its in zip(found, expected, strict=True):
         assert mine.dtype == its.dtype
@@ -26,10 +30,10 @@ def assert_bit_equal(found, expected):
         assert torch.equal(mine.view(torch.uint8), its.view(torch.uint8))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_four_bits_for_1_to_40_blocks(guard, dtype):
+def test_four_bits_for_1_to_40_blocks(guard):
     for blocks in range(1, 41):
-        for n in (64 * blocks - 1, 64 * blocks, 64 * blocks + 1):
+        sizes = (64 * blocks - 1, 64 * blocks, 64 * blocks + 1)
+        for n, dtype in zip(sizes, rotated(DTYPES, blocks), strict=True):
             x = guard.copy(random(n, dtype=dtype, seed=n))
             assert_bit_equal(quantize_4bit(x, nf4(), 64), reference.quantize_4bit(x, nf4(), 64))
 
@@ -50,8 +54,10 @@ def test_every_16_bit_pattern_against_lorax_quant(guard, dtype):
     """R1: all finite float16 and bfloat16 values, next to a 1 that sets the scale, and alone."""
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     values = patterns[torch.isfinite(patterns)]
-    beside_one = torch.stack([values, torch.ones_like(values)], 1).repeat_interleave(16, 1)
-    for source in (values, beside_one.clamp(-1, 1)):
+    small = values[values.abs() <= 1]
+    small = small[: small.numel() // 31 * 31].view(-1, 31)
+    beside_one = torch.cat([small, torch.ones_like(small[:, :1])], 1)
+    for source in (values, beside_one):
         q = quantize(source, "nf4", 32)
         found = quantize_4bit(guard.copy(source.to(DEVICE)), nf4(), 32)
         assert_bit_equal([t.cpu() for t in found], (q.packed, q.absmax))
