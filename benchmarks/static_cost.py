@@ -86,10 +86,8 @@ def packed_vector(ttgir: str) -> int | None:
     layouts = dict(
         re.findall(r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\]", ttgir, re.M)
     )
-    found = re.findall(
-        r"%(?:packed|words)\w* = (?:tt\.load|ttg\.async_copy_global_to_local) .*tensor<[\dx]+x!tt\.ptr<i32>, (#\w+)>",
-        ttgir,
-    )
+    load = r"%(?:packed|words)\w* = (?:tt\.load|ttg\.async_copy_global_to_local) "
+    found = re.findall(load + r".*tensor<[\dx]+x!tt\.ptr<i32>, (#\w+)>", ttgir)
     widths = [int(layouts[name].split(",")[-1]) for name in found if name in layouts]
     return widths[0] if widths else None
 

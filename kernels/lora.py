@@ -31,7 +31,7 @@ from lorax.kernels.launch import capability, empty, launch, split_buffers
 from lorax.kernels.weight import PackedWeight
 
 TILE = 64  # rows of a product's left operand: what a Hopper warp group multiplies at once
-STEP = 64
+STEPS = {4: 16, 2: 64}  # of the sum, by a value's bytes: short steps sum float32 more exactly
 
 
 @triton.jit
@@ -116,7 +116,8 @@ def down(x: Tensor, A: Tensor, scaling: float = 1.0) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     (M, C), rank = rows.shape, A.shape[0]
     h = empty((M, rank), x.dtype, x.device)
-    tiles, steps = triton.cdiv(M, TILE), triton.cdiv(C, STEP)
+    step = STEPS[x.element_size()]
+    tiles, steps = triton.cdiv(M, TILE), triton.cdiv(C, step)
     padded = max(16, triton.next_power_of_2(rank))
     splits = tuning.splits(capability(x.device), tiles, steps)
     launch(
@@ -133,7 +134,7 @@ def down(x: Tensor, A: Tensor, scaling: float = 1.0) -> Tensor:
         RANK=rank,
         RANK_PADDED=padded,
         TILE=TILE,
-        STEP=STEP,
+        STEP=step,
         SPLITS=splits,
         num_warps=4,
         enable_fp_fusion=True,
@@ -153,7 +154,8 @@ def cross(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
     if left.shape[1] < right.shape[1]:
         wide, thin, strides = right, left, (out.stride(1), out.stride(0))
     (M, C), rank = wide.shape, thin.shape[1]
-    tiles, steps = triton.cdiv(C, TILE), triton.cdiv(M, STEP)
+    step = STEPS[left.element_size()]
+    tiles, steps = triton.cdiv(C, TILE), triton.cdiv(M, step)
     padded = max(16, triton.next_power_of_2(rank))
     splits = tuning.splits(capability(left.device), tiles, steps)
     launch(
@@ -170,7 +172,7 @@ def cross(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
         RANK=rank,
         RANK_PADDED=padded,
         TILE=TILE,
-        STEP=STEP,
+        STEP=step,
         SPLITS=splits,
         num_warps=4,
         enable_fp_fusion=True,

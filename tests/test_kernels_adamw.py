@@ -5,8 +5,6 @@ import torch
 from kernel_testing import (
     DEVICE,
     DTYPES,
-    guard,  # noqa: F401
-    r9,  # noqa: F401
     random,
 )
 

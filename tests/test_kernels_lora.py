@@ -7,9 +7,7 @@ import torch
 from kernel_testing import (
     DEVICE,
     DTYPES,
-    guard,  # noqa: F401
     make_weight,
-    r9,  # noqa: F401
     random,
 )
 
@@ -39,13 +37,13 @@ def truth(x, W, bias, A, B, scaling):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M", [1, 3, 64, 65])
+@pytest.mark.parametrize("M", [1, 64, 65])
 def test_outputs_and_gradients(guard, r9, M, dtype):
     """65 lies beyond the crossover: the base product and the path are cuBLAS there.
 
     The errors of dB are those of h, M * r numbers: a small M is drawn several times.
     """
-    for seed, r in product(range(0, 100, 10 if M < 64 else 100), (1, 5, 17)):
+    for seed, r in product(range(0, 60, 20 if M < 64 else 60), (1, 5, 17)):
         weight, leaves, bias = make_case(guard, M, r=r, dtype=dtype, seed=seed)
         dy = random(M, 70, dtype=dtype, seed=9)
         W = reference.dequantize(weight, torch.empty(weight.shape, device=DEVICE)).double()

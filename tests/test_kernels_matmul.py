@@ -9,9 +9,7 @@ from kernel_testing import (
     DEVICE,
     DTYPES,
     fp4,
-    guard,  # noqa: F401
     make_weight,
-    r9,  # noqa: F401
     random,
 )
 

@@ -6,7 +6,6 @@ from kernel_testing import (
     DEVICE,
     DTYPES,
     fp4,
-    guard,  # noqa: F401
     nf4,
     random,
 )
