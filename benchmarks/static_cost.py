@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def examine(kernel: Any) -> dict[str, Any]:
         return sum(bool(re.match(pattern, name)) for name in among)
 
     registers, stack, local = (
-        int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+        int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL")
     )
     return {
         "kernel": kernel.metadata.name,
@@ -201,11 +202,11 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
             x = torch.empty(M, K, dtype=half)
             path = (torch.empty(M, RANK, dtype=half), torch.empty(N, RANK), 2.0)
             bias = torch.empty(N, dtype=half)
-            yield f"product {N}x{K} M={M}", lambda x=x, W=W: matmul.fused(x, W), values // threads
+            yield f"product {N}x{K} M={M}", partial(matmul.fused, x, W), values // threads
             if M != 64 and K == FEED_FORWARD:
                 yield (
                     f"product {N}x{K} M={M}, bias, LoRA",
-                    lambda x=x, W=W, b=bias, p=path: matmul.fused(x, W, b, p),
+                    partial(matmul.fused, x, W, bias, path),
                     values // threads,
                 )
         for M in (16, 64) if K == FEED_FORWARD else (64,):
@@ -214,7 +215,7 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
             config = tuning.backward(gpu)
             yield (
                 f"dx {N}x{K} M={M}, LoRA",
-                lambda dy=dy, W=W, p=back: matmul.fused_dx(dy, W, p),
+                partial(matmul.fused_dx, dy, W, back),
                 config.columns * config.rows // (32 * config.num_warps),
             )
 
