@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_suite.py                  ends in under 8 minutes
     python benchmarks/gpu_suite.py --tests-only
+    python benchmarks/gpu_suite.py --table          the README's table from the newest results
 
 Needs torch, triton, numpy, safetensors and pytest; lorax need not be installed. bitsandbytes is
 timed beside lorax where it can be imported; matplotlib draws the plot where it can.
@@ -395,11 +396,49 @@ def print_products(products: list[dict[str, Any]]) -> None:
         print(line + "".join(f"{cell:>14}" for cell in cells) + f"{share:>8}")
 
 
+def table(directory: Path) -> str:
+    """The README's table, in Markdown, from the newest results; or a line that there are none."""
+    reports = [json.loads(path.read_text()) for path in directory.glob("*.json")]
+    reports = [report for report in reports if "products" in report]
+    if not reports:
+        return "No GPU has been at hand yet: `make gpu` fills this table."
+    report = max(reports, key=lambda found: found["environment"]["date"])
+    about = report["environment"]
+    lines = [
+        f"{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit "
+        f"{about['commit'][:10]}, {about['date'][:10]}. NF4 with double quantization, bf16, L2 cold.",
+        "",
+        "| W | M | lorax, us | p20-p80 | torch bf16 | bitsandbytes | of bandwidth | of bf16 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["products"]:
+        times = {name: found["cold"] for name, found in row["times"].items()}
+        mine = times["lorax"]
+        rivals = [
+            times.get(name, {}).get("median_us", "-") for name in ("torch bf16", "bitsandbytes")
+        ]
+        cells = [
+            f"{row['N']}x{row['K']}",
+            row["M"],
+            mine["median_us"],
+            f"{mine['p20_us']}-{mine['p80_us']}",
+            *rivals,
+            f"{row['share_of_bandwidth']:.0%}",
+            f"{row['share_of_bf16']:.0%}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tests-only", action="store_true")
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.output))
+        return 0
     begin = time.monotonic()
     if not torch.cuda.is_available():
         print("gpu_suite: no CUDA device here; nothing was measured", file=sys.stderr)

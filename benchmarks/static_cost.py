@@ -116,6 +116,7 @@ def examine(kernel: Any) -> dict[str, Any]:
         "wide_loads": count(r"(LDG|LDGSTS)\..*128|UTMALDG"),
         "narrow_loads": count(r"(LDG|LDGSTS)\.(?!.*128)"),
         "fused_multiply_adds": count(r"FFMA"),
+        "loop_fused_multiply_adds": count(r"FFMA", loop),
         "mul_add_ptx": len(re.findall(r"fma\.rn\.f32", kernel.asm["ptx"])),
         "packed_vector": packed_vector(kernel.asm["ttgir"]),
         "rounding_conversions": len(re.findall(r"cvt\.rn\.\w+\.f32", kernel.asm["ptx"])),
