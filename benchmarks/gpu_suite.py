@@ -406,7 +406,8 @@ def table(directory: Path) -> str:
     about = report["environment"]
     lines = [
         f"{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit "
-        f"{about['commit'][:10]}, {about['date'][:10]}. NF4 with double quantization, bf16, L2 cold.",
+        f"{about['commit'][:10]}, {about['date'][:10]}. NF4 with double quantization, bf16, "
+        "L2 cold.",
         "",
         "| W | M | lorax, us | p20-p80 | torch bf16 | bitsandbytes | of bandwidth | of bf16 |",
         "|---|---|---|---|---|---|---|---|",
