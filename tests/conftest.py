@@ -1,4 +1,8 @@
-"""What all tests share: hypothesis profiles, the real model, quiet libraries."""
+"""What all tests share: hypothesis profiles, the real model, guarded buffers, quiet libraries.
+
+It also runs on a bare GPU machine, for `make gpu`: there only torch, triton, numpy, safetensors and
+pytest are to be had, so everything else is imported where it is used.
+"""
 
 import logging
 import os
@@ -6,17 +10,22 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import hypothesis
 import pytest
 import torch
 
-import lorax
-from lorax.demo import smollm2_path
+if not torch.cuda.is_available():
+    # Before anything imports triton: without a GPU its kernels run in the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
-# No deadline: these machines are noisy. `ci` draws the same examples each time.
-hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
-hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+try:
+    import hypothesis
+except ImportError:
+    hypothesis = None  # a bare GPU machine; the tests that draw examples do not run there
+else:
+    # No deadline: these machines are noisy. `ci` draws the same examples each time.
+    hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+    hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -37,15 +46,40 @@ def seed():
 
 @pytest.fixture(scope="session")
 def smollm2_gguf():
+    from lorax.demo import smollm2_path
+
     return smollm2_path()
 
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf):
     """SmolLM2-135M-Instruct in float32. Shared: leave it as you found it."""
+    import lorax
+
     return lorax.load_model(smollm2_gguf)
 
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_gguf):
+    import lorax
+
     return lorax.load_tokenizer(smollm2_gguf)
+
+
+@pytest.fixture
+def guard():
+    """Allocates buffers with canaries around them, for the test and for the kernels it calls."""
+    from kernel_testing import guarded
+
+    with guarded() as allocator:
+        yield allocator
+
+
+@pytest.fixture
+def r9():
+    """Gathers results; at the test's end their errors are held to R9's bound."""
+    from kernel_testing import WithinR9
+
+    collected = WithinR9()
+    yield collected
+    collected.check()

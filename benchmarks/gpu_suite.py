@@ -1,0 +1,483 @@
+"""The kernels on a GPU: first the whole kernel test suite, then, only if it is green, timings.
+
+    python benchmarks/gpu_suite.py                  ends in under 8 minutes
+    python benchmarks/gpu_suite.py --tests-only
+    python benchmarks/gpu_suite.py --table          the README's table from the newest results
+
+Needs torch, triton, numpy, safetensors and pytest; lorax need not be installed. bitsandbytes is
+timed beside lorax where it can be imported; matplotlib draws the plot where it can.
+
+How it is timed. CUDA events around each single call, sides interleaved call by call, median with
+p20 and p80. Small calls cost the host more than the GPU, so every call is captured in a CUDA graph
+first and the graph is replayed. "cold": a buffer larger than the L2 cache is written before each
+replay, outside the events; "warm": the same call at once again. A share of bandwidth or of bf16
+peak is taken against what this GPU reaches here: a large copy, and a large product of random
+matrices, not a data sheet.
+
+Writes benchmarks/results/GPU-DATE.json and .png: the figures, the GPU, versions and the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import torch
+import triton
+
+ROOT = Path(__file__).parents[1]
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+BUDGET_SECONDS = 8 * 60
+RANK = 16
+
+
+class Timer:
+    """Times captured calls, interleaved, with and without their data in the L2 cache."""
+
+    def __init__(self) -> None:
+        size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+        self.evictor = torch.empty(max(size, 2**26), dtype=torch.uint8, device="cuda")
+        self.stream = torch.cuda.Stream()
+
+    def capture(self, call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        """Warm up and capture on one stream: buffers kept for a stream exist before the capture."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):
+                call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            call()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return graph
+
+    def capture_all(self, calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+        """A graph for each call; a rival that cannot be captured is left out, and named."""
+        graphs = {}
+        for name, call in calls.items():
+            try:
+                graphs[name] = self.capture(call)
+            except Exception as error:
+                if name != "bitsandbytes":
+                    raise
+                print(f"bitsandbytes is not timed: {error!r}")
+        return graphs
+
+    def compare(self, calls: dict[str, Callable[[], Any]], repeats: int = 30) -> dict[str, Any]:
+        """Microseconds for each call: {name: {"cold": {...}, "warm": {...}}}."""
+        graphs = self.capture_all(calls)
+        events: dict[tuple[str, str], list[Any]] = {}
+        for _ in range(repeats):
+            for name, graph in graphs.items():
+                self.evictor.fill_(1)
+                for state in ("cold", "warm"):
+                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    begin.record()
+                    graph.replay()
+                    end.record()
+                    events.setdefault((name, state), []).append((begin, end))
+        torch.cuda.synchronize()
+        found: dict[str, Any] = {name: {} for name in graphs}
+        for (name, state), pairs in events.items():
+            times = [1000 * begin.elapsed_time(end) for begin, end in pairs]
+            fifths = quantiles(times, n=5)
+            found[name][state] = {
+                "median_us": round(median(times), 2),
+                "p20_us": round(fifths[0], 2),
+                "p80_us": round(fifths[3], 2),
+            }
+        return found
+
+
+def run_tests() -> dict[str, Any]:
+    """The kernel tests on this device, in several processes: most of their time is compiling."""
+    begin = time.monotonic()
+    files = sorted((ROOT / "tests").glob("test_kernels_*.py"))
+    compiled = [str(file) for file in files if file.stem == "test_kernels_compiled"]
+    others = [str(file) for file in files if file.stem != "test_kernels_compiled"]
+    command = [sys.executable, "-m", "pytest"]
+    listing = subprocess.run(
+        [*command, *others, "--collect-only", "-q", "-o", "addopts="],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    names = [line for line in listing.stdout.splitlines() if "::" in line]
+    if listing.returncode or not names:
+        print(listing.stdout, listing.stderr, sep="\n")
+        return {"green": False, "summary": "the tests could not be collected", "seconds": 0}
+    workers = max(1, min(8, (os.cpu_count() or 2) - 1))
+    groups = [compiled, *(names[at::workers] for at in range(workers))]
+    running = [
+        subprocess.Popen(
+            [*command, "-q", *group],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for group in groups
+    ]
+    outputs = [process.communicate()[0] for process in running]
+    codes = [process.returncode for process in running]
+    for code, output in zip(codes, outputs, strict=True):
+        print(output[-4000:] if code else output.strip().splitlines()[-1])
+    return {
+        "green": not any(codes),
+        "summary": [output.strip().splitlines()[-1] for output in outputs],
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def ceilings(timer: Timer) -> dict[str, float]:
+    """What this GPU reaches: bytes copied a second (read and written), bf16 operations a second."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    found = timer.compare({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, 10)
+    return {
+        "bytes_a_second": 2 * source.nbytes / (1e-6 * found["copy"]["cold"]["median_us"]),
+        "bf16_operations_a_second": 2 * 8192**3 / (1e-6 * found["product"]["cold"]["median_us"]),
+    }
+
+
+def make_weight(N: int, K: int) -> Any:
+    """A random NF4 weight with double quantization, quantized on the GPU by lorax's kernels."""
+    from lorax.kernels.quantize import quantize_4bit, quantize_8bit
+    from lorax.kernels.weight import PackedWeight
+    from lorax.quant import codebooks
+
+    code, dynamic = codebooks.nf4().cuda(), codebooks.dynamic_map().cuda()
+    packed, absmax = quantize_4bit(torch.randn(N, K, device="cuda"), code, 64)
+    offset = absmax.mean()
+    codes, second = quantize_8bit(absmax - offset, dynamic, 256)
+    return PackedWeight(packed, codes, code, (N, K), 64, second, dynamic, offset)
+
+
+def bitsandbytes_side(N: int, K: int) -> Any:
+    """bitsandbytes' module and a weight of its own, or None where it cannot be used."""
+    try:
+        import bitsandbytes as bnb
+
+        W = torch.randn(N, K, device="cuda").bfloat16()
+        packed, state = bnb.functional.quantize_4bit(
+            W, quant_type="nf4", blocksize=64, compress_statistics=True
+        )
+        bnb.functional.dequantize_4bit(packed, state)
+    except Exception as error:  # an optional rival may fail in its own ways
+        print(f"bitsandbytes is not timed: {error!r}")
+        return None
+    return bnb, packed, state
+
+
+def time_dequantize(timer: Timer, limits: dict[str, float]) -> list[dict[str, Any]]:
+    from lorax.kernels.dequantize import dequantize
+
+    rows: list[dict[str, Any]] = []
+    for N, K in SHAPES:
+        weight = make_weight(N, K)
+        out = torch.empty(N, K, dtype=torch.bfloat16, device="cuda")
+        calls: dict[str, Callable[[], Any]] = {"lorax": partial(dequantize, weight, out)}
+        if rival := bitsandbytes_side(N, K):
+            bnb, packed, state = rival
+            calls["bitsandbytes"] = partial(bnb.functional.dequantize_4bit, packed, state)
+        moved = weight.packed.nbytes + weight.absmax.nbytes + out.nbytes
+        rows.append(with_shares({"N": N, "K": K}, timer.compare(calls), moved, 0, limits))
+    return rows
+
+
+def time_products(timer: Timer, limits: dict[str, float], deadline: float) -> list[dict[str, Any]]:
+    from lorax.kernels import matmul
+
+    rows: list[dict[str, Any]] = []
+    for N, K in SHAPES:
+        weight, rival = make_weight(N, K), bitsandbytes_side(N, K)
+        dense = torch.randn(N, K, device="cuda").bfloat16()
+        for M in ROWS:
+            if time.monotonic() > deadline:
+                print(f"out of time before {N}x{K}, M = {M}")
+                return rows
+            x = torch.randn(M, K, device="cuda").bfloat16()
+            dy = torch.randn(M, N, device="cuda").bfloat16()
+            calls: dict[str, Callable[[], Any]] = {
+                "torch bf16": partial(torch.nn.functional.linear, x, dense),
+                "lorax": partial(matmul.matmul, x, weight),
+                "lorax dx": partial(matmul.matmul_dx, dy, weight),
+                "torch bf16 dx": partial(torch.matmul, dy, dense),
+            }
+            if M <= 512:
+                calls["fused"] = partial(matmul.fused, x, weight)
+                calls["unfused"] = partial(matmul.unfused, x, weight)
+            if rival:
+                bnb, packed, state = rival
+                calls["bitsandbytes"] = partial(bnb.matmul_4bit, x, packed.t(), quant_state=state)
+            moved = weight.packed.nbytes + weight.absmax.nbytes + 2 * M * (N + K)
+            times = timer.compare(calls, 30 if M <= 256 else 10)
+            case = {"N": N, "K": K, "M": M}
+            rows.append(with_shares(case, times, moved, 2 * M * N * K, limits))
+    return rows
+
+
+def time_training(timer: Timer) -> dict[str, Any]:
+    """A LoRA linear, the cross entropy over a Llama-3 head, and AdamW over 450 tensors."""
+    from lorax.kernels import adamw, cross_entropy, lora
+    from lorax.kernels.hyper import AdamWStep
+
+    found: dict[str, Any] = {}
+    weight = make_weight(4096, 4096)
+    A = torch.randn(RANK, 4096, device="cuda")
+    B = torch.randn(4096, RANK, device="cuda")
+    x = torch.randn(2048, 4096, device="cuda").bfloat16()
+    y, h = lora.forward(x, weight, None, A, B, 2.0)
+    found["LoRA linear 4096x4096, M = 2048"] = timer.compare(
+        {
+            "forward": lambda: lora.forward(x, weight, None, A, B, 2.0),
+            "backward": lambda: lora.backward(y, x, h, weight, A, B, 2.0),
+        }
+    )
+    head = torch.randn(128256, 4096, device="cuda").bfloat16()
+    targets = torch.randint(128256, (2048,), device="cuda")
+
+    found["cross entropy, 2048 x 128256, with dX"] = timer.compare(
+        {
+            "lorax": partial(cross_entropy.cross_entropy, x, head, targets),
+            "torch, whole": partial(whole_cross_entropy, x, head),
+        },
+        5,
+    )
+    params = [torch.randn(RANK, 4096, device="cuda") for _ in range(450)]
+    grads = [torch.randn_like(p) for p in params]
+    states = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    steps = [AdamWStep.at(1, 1e-4)] * len(params)
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    fused = torch.optim.AdamW(params, lr=1e-4, fused=True)
+    found["AdamW over 450 tensors of 16 x 4096, host included"] = {
+        "lorax, one launch": wall(lambda: adamw.adamw(params, grads, *states, steps)),
+        "torch fused": wall(fused.step),
+    }
+    return found
+
+
+def whole_cross_entropy(x: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is saved: all logits at once, in float32 too. (The target's -1 is left out.)"""
+    logits = (x @ head.t()).float()
+    log_sum = torch.logsumexp(logits, 1, keepdim=True)
+    return log_sum.sum(), (logits - log_sum).exp().bfloat16() @ head
+
+
+def wall(call: Callable[[], Any], repeats: int = 20) -> dict[str, float]:
+    """Microseconds on the host's clock until the GPU is done: addresses are gathered each time."""
+    times = []
+    for _ in range(repeats + 3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - begin))
+    fifths = quantiles(times[3:], n=5)
+    return {"median_us": median(times[3:]), "p20_us": fifths[0], "p80_us": fifths[3]}
+
+
+def with_shares(
+    case: dict[str, Any],
+    times: dict[str, Any],
+    moved_bytes: int,
+    operations: int,
+    limits: dict[str, float],
+) -> dict[str, Any]:
+    """The case with, for lorax cold, the share of this GPU's bandwidth and of its bf16 rate."""
+    seconds = 1e-6 * times["lorax"]["cold"]["median_us"]
+    case |= {
+        "times": times,
+        "share_of_bandwidth": round(moved_bytes / seconds / limits["bytes_a_second"], 3),
+        "share_of_bf16": round(operations / seconds / limits["bf16_operations_a_second"], 3),
+    }
+    for rival in ("torch bf16", "bitsandbytes"):
+        if rival in times:
+            ratio = times[rival]["cold"]["median_us"] / times["lorax"]["cold"]["median_us"]
+            case[f"times as fast as {rival}"] = round(ratio, 3)
+    return case
+
+
+def crossovers(products: list[dict[str, Any]]) -> dict[str, int]:
+    """For each shape the largest M measured at which the fused kernel was the faster one."""
+    found: dict[str, int] = {}
+    for row in products:
+        times = row["times"]
+        if "fused" in times:
+            gain = times["unfused"]["cold"]["median_us"] - times["fused"]["cold"]["median_us"]
+            shape = f"{row['N']}x{row['K']}"
+            found[shape] = max(found.get(shape, 0), row["M"] if gain > 0 else 0)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        try:
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "commit": git("rev-parse", "HEAD"),
+        "changed_files": git("status", "--porcelain", "--untracked-files=no"),
+        "date": datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+def median_ratio(times: dict[str, Any], side: str, rival: str = "torch bf16") -> float:
+    ratio: float = times[side]["cold"]["median_us"] / times[rival]["cold"]["median_us"]
+    return ratio
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """How many times as fast as torch bf16, by M; one panel a shape."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed: no plot")
+        return
+    figure, panels = plt.subplots(1, len(SHAPES), figsize=(15, 4.5), sharey=True)
+    for panel, (N, K) in zip(panels, SHAPES, strict=True):
+        rows = [row for row in report["products"] if (row["N"], row["K"]) == (N, K)]
+        for side in ("lorax", "fused", "unfused", "bitsandbytes"):
+            points = [
+                (row["M"], 1 / median_ratio(row["times"], side))
+                for row in rows
+                if side in row["times"]
+            ]
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="o", label=side)
+        panel.axhline(1, color="gray", linewidth=1)
+        panel.set(xscale="log", title=f"W {N} x {K}", xlabel="M (rows of x)")
+    panels[0].set_ylabel("times as fast as torch bf16 (L2 cold)")
+    panels[0].legend()
+    figure.suptitle(f"{report['environment']['gpu']}, NF4 with double quantization")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def print_products(products: list[dict[str, Any]]) -> None:
+    sides = ("torch bf16", "bitsandbytes", "lorax", "fused", "unfused")
+    print(f"{'N':>6}{'K':>6}{'M':>6}" + "".join(f"{side:>14}" for side in sides) + f"{'share':>8}")
+    for row in products:
+        cells = [row["times"].get(side, {}).get("cold", {}).get("median_us", "") for side in sides]
+        share = row["share_of_bandwidth"] if row["M"] <= 64 else row["share_of_bf16"]
+        line = f"{row['N']:>6}{row['K']:>6}{row['M']:>6}"
+        print(line + "".join(f"{cell:>14}" for cell in cells) + f"{share:>8}")
+
+
+def table(directory: Path) -> str:
+    """The README's table, in Markdown, from the newest results; or a line that there are none."""
+    reports = [json.loads(path.read_text()) for path in directory.glob("*.json")]
+    reports = [report for report in reports if "products" in report]
+    if not reports:
+        return "No GPU has been at hand yet: `make gpu` fills this table."
+    report = max(reports, key=lambda found: found["environment"]["date"])
+    about = report["environment"]
+    lines = [
+        f"{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit "
+        f"{about['commit'][:10]}, {about['date'][:10]}. NF4 with double quantization, bf16, "
+        "L2 cold.",
+        "",
+        "| W | M | lorax, us | p20-p80 | torch bf16 | bitsandbytes | of bandwidth | of bf16 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["products"]:
+        times = {name: found["cold"] for name, found in row["times"].items()}
+        mine = times["lorax"]
+        rivals = [
+            times.get(name, {}).get("median_us", "-") for name in ("torch bf16", "bitsandbytes")
+        ]
+        cells = [
+            f"{row['N']}x{row['K']}",
+            row["M"],
+            mine["median_us"],
+            f"{mine['p20_us']}-{mine['p80_us']}",
+            *rivals,
+            f"{row['share_of_bandwidth']:.0%}",
+            f"{row['share_of_bf16']:.0%}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tests-only", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.output))
+        return 0
+    begin = time.monotonic()
+    if not torch.cuda.is_available():
+        print("gpu_suite: no CUDA device here; nothing was measured", file=sys.stderr)
+        return 3
+    tests = run_tests()
+    if not tests["green"]:
+        print("gpu_suite: the tests are red; no time is taken", file=sys.stderr)
+        return 1
+    if arguments.tests_only:
+        return 0
+    import kernel_testing  # noqa: F401  makes lorax.kernels importable where lorax is not installed
+
+    torch.manual_seed(0)
+    timer = Timer()
+    limits = ceilings(timer)
+    deadline = begin + BUDGET_SECONDS - 60
+    report: dict[str, Any] = {
+        "environment": environment(),
+        "tests": tests,
+        "ceilings": limits,
+        "dequantize": time_dequantize(timer, limits),
+        "training": time_training(timer),
+        "products": time_products(timer, limits, deadline),
+    }
+    report["crossover"] = crossovers(report["products"])
+    report["seconds"] = round(time.monotonic() - begin, 1)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    gpu = report["environment"]["gpu"].replace(" ", "-")
+    path = arguments.output / f"{gpu}-{datetime.now():%Y-%m-%d}.json"
+    path.write_text(json.dumps(report, indent=1))
+    draw(report, path.with_suffix(".png"))
+    print_products(report["products"])
+    for row in report["dequantize"]:
+        print(f"dequantize {row['N']}x{row['K']}: {row['share_of_bandwidth']:.1%} of bandwidth")
+    print(json.dumps({"training": report["training"], "crossover": report["crossover"]}, indent=1))
+    print(f"{path}, {report['seconds']} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""A LoRA linear over a four-bit base, forward and backward, with x kept once.
+
+    forward                               backward, from dy
+    h  = x A^T               (M, r)       dh = s dy B                 (M, r)
+    y  = x W^T + b + s h B^T              dx = dy W + dh A            W gets no gradient
+                                          dA = dh^T x     dB = s dy^T h
+
+Of x nothing but x itself is kept, and h, which is r wide. What is fused, and what is not:
+
+- up to the crossover s h B^T and dh A are added inside the base product, before its one rounding:
+  y and dx are written once and never read;
+- above it the base product is cuBLAS, and so is addmm for the path: fusing would not pay, the path
+  costs r / K of the product;
+- dA and dB are products of two tall matrices, one of them r wide: one kernel, float32 sums straight
+  into float32 gradients, without a rounding to 16 bits on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorax.kernels import matmul, tuning
+from lorax.kernels.common import sum_of_splits
+from lorax.kernels.launch import capability, empty, launch, split_buffers
+from lorax.kernels.weight import PackedWeight
+
+TILE = 64  # rows of a product's left operand: what a Hopper warp group multiplies at once
+STEPS = {4: 16, 2: 64}  # of the sum, by a value's bytes: short steps sum float32 more exactly
+
+
+@triton.jit
+def _down_kernel(
+    x,  # (M, C)
+    A,  # (RANK, C), any strides
+    h,  # (M, RANK)
+    parts,
+    arrivals,
+    M,
+    C,
+    A_rank_stride,
+    A_column_stride,
+    scaling,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    row = tile * TILE + tl.arange(0, TILE)
+    rank = tl.arange(0, RANK_PADDED)
+    sums = tl.zeros((TILE, RANK_PADDED), tl.float32)
+    for step in tl.range(tl.program_id(1), tl.cdiv(C, STEP), SPLITS, num_stages=3):
+        column = (step * STEP + tl.arange(0, STEP)).to(tl.int64)
+        inside = (row < M)[:, None] & (column < C)[None, :]
+        xs = tl.load(x + row[:, None] * C + column[None, :], mask=inside, other=0.0)
+        at = A + rank[None, :] * A_rank_stride + column[:, None] * A_column_stride
+        inside = (rank < RANK)[None, :] & (column < C)[:, None]
+        As = tl.load(at, mask=inside, other=0.0).to(x.dtype.element_ty)
+        sums = tl.dot(xs, As, sums, input_precision="ieee")
+    place = tl.arange(0, TILE)[:, None] * RANK_PADDED + rank[None, :]
+    SIZE: tl.constexpr = TILE * RANK_PADDED
+    sums, last = sum_of_splits(sums, parts, arrivals, tile, place, SIZE, SPLITS)
+    if last:
+        inside = (row < M)[:, None] & (rank < RANK)[None, :]
+        at = h + row[:, None] * RANK + rank[None, :]
+        tl.store(at, (sums * scaling).to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _cross_kernel(
+    wide,  # (M, C)
+    thin,  # (M, RANK)
+    out,  # (C, RANK) float32, any strides
+    parts,
+    arrivals,
+    M,
+    C,
+    out_column_stride,
+    out_rank_stride,
+    scaling,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    column = tile * TILE + tl.arange(0, TILE)
+    rank = tl.arange(0, RANK_PADDED)
+    sums = tl.zeros((TILE, RANK_PADDED), tl.float32)
+    for step in tl.range(tl.program_id(1), tl.cdiv(M, STEP), SPLITS, num_stages=3):
+        row = (step * STEP + tl.arange(0, STEP)).to(tl.int64)
+        inside = (row < M)[:, None] & (column < C)[None, :]
+        wides = tl.load(wide + row[:, None] * C + column[None, :], mask=inside, other=0.0)
+        inside = (row < M)[:, None] & (rank < RANK)[None, :]
+        thins = tl.load(thin + row[:, None] * RANK + rank[None, :], mask=inside, other=0.0)
+        sums = tl.dot(tl.trans(wides), thins, sums, input_precision="ieee")
+    place = tl.arange(0, TILE)[:, None] * RANK_PADDED + rank[None, :]
+    SIZE: tl.constexpr = TILE * RANK_PADDED
+    sums, last = sum_of_splits(sums, parts, arrivals, tile, place, SIZE, SPLITS)
+    if last:
+        inside = (column < C)[:, None] & (rank < RANK)[None, :]
+        at = out + column[:, None] * out_column_stride + rank[None, :] * out_rank_stride
+        tl.store(at, sums * scaling, mask=inside)
+
+
+def down(x: Tensor, A: Tensor, scaling: float = 1.0) -> Tensor:
+    """scaling * x A^T, rounded once: (..., C) and (r, C), any strides -> (..., r) in x's dtype."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    (M, C), rank = rows.shape, A.shape[0]
+    h = empty((M, rank), x.dtype, x.device)
+    step = STEPS[x.element_size()]
+    tiles, steps = triton.cdiv(M, TILE), triton.cdiv(C, step)
+    padded = max(16, triton.next_power_of_2(rank))
+    splits = tuning.splits(capability(x.device), tiles, steps)
+    launch(
+        _down_kernel,
+        (tiles, splits),
+        rows,
+        A,
+        h,
+        *split_buffers(x.device, tiles, splits, TILE * padded),
+        M,
+        C,
+        *A.stride(),
+        scaling,
+        RANK=rank,
+        RANK_PADDED=padded,
+        TILE=TILE,
+        STEP=step,
+        SPLITS=splits,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return h.view(*x.shape[:-1], rank)
+
+
+def cross(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
+    """scaling * left^T right, summed and given in float32: (..., P) and (..., Q) -> (P, Q).
+
+    The narrower of the two is the rank; both have the same dtype.
+    """
+    left = left.reshape(-1, left.shape[-1]).contiguous()
+    right = right.reshape(-1, right.shape[-1]).contiguous()
+    out = empty((left.shape[1], right.shape[1]), torch.float32, left.device)
+    wide, thin, strides = left, right, out.stride()
+    if left.shape[1] < right.shape[1]:
+        wide, thin, strides = right, left, (out.stride(1), out.stride(0))
+    (M, C), rank = wide.shape, thin.shape[1]
+    step = STEPS[left.element_size()]
+    tiles, steps = triton.cdiv(C, TILE), triton.cdiv(M, step)
+    padded = max(16, triton.next_power_of_2(rank))
+    splits = tuning.splits(capability(left.device), tiles, steps)
+    launch(
+        _cross_kernel,
+        (tiles, splits),
+        wide,
+        thin,
+        out,
+        *split_buffers(left.device, tiles, splits, TILE * padded),
+        M,
+        C,
+        *strides,
+        scaling,
+        RANK=rank,
+        RANK_PADDED=padded,
+        TILE=TILE,
+        STEP=step,
+        SPLITS=splits,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+def forward(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """y (..., N) and h (..., r), which the backward wants.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,) or None.
+        A: (r, K), of any dtype; its product is taken in x's.
+        B: (N, r), the same.
+        scaling: of the path.
+    """
+    h = _down(x, A, 1.0)
+    return matmul.matmul(x, weight, bias, (h, B, scaling)), h
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: PackedWeight,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    wants_dx: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx (..., K) or None, dA (r, K) and dB (N, r), the last two in A's and B's dtype."""
+    dh = _down(dy, B.t(), scaling)
+    dx = matmul.matmul_dx(dy, weight, (dh, A.t(), 1.0)) if wants_dx else None
+    return dx, cross(dh, x).to(A.dtype), cross(dy, h, scaling).to(B.dtype)
+
+
+def _down(x: Tensor, A: Tensor, scaling: float) -> Tensor:
+    """`down` up to the crossover, cuBLAS above."""
+    if math.prod(x.shape[:-1]) <= tuning.crossover(capability(x.device), x.dtype):
+        return down(x, A, scaling)
+    return (x @ A.t().to(x.dtype)) * scaling
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        weight: PackedWeight,
+        bias: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        y, h = forward(x, weight, bias, A, B, scaling)
+        ctx.save_for_backward(x, h, A, B)
+        ctx.weight, ctx.scaling = weight, scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, h, A, B = ctx.saved_tensors
+        wants_dx = ctx.needs_input_grad[0]
+        found = backward(gradients[0], x, h, ctx.weight, A, B, ctx.scaling, wants_dx)
+        return (*found, None, None, None)
+
+
+def lora_linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    """y = x W^T + b + scaling * (x A^T) B^T, with gradients for x, A and B; see `forward`."""
+    return _LoRALinear.apply(x, A, B, weight, bias, scaling)

@@ -1,0 +1,146 @@
+"""The kernels compiled for GPUs that are not here, with the shapes of Llama-3-8B.
+
+benchmarks/static_cost.py compiles in a process of its own, because this one may have Triton's
+interpreter on. Every kernel is reached through its host function, as it is shipped.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TARGETS = (80, 89, 90, 100)
+PRODUCTS = ("product", "dx", "LoRA")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    facts = tmp_path_factory.mktemp("compiled") / "cost.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "benchmarks/static_cost.py", "--json", facts, "--targets"]
+    subprocess.run([*command, *map(str, TARGETS)], check=True, env=environment, cwd=ROOT)
+    return json.loads(facts.read_text())
+
+
+def which(row):
+    return f"sm_{row['target']} {row['case']} {row['kernel']}"
+
+
+def on(rows, start, target=None):
+    found = [
+        row for row in rows if row["case"].startswith(start) and target in (None, row["target"])
+    ]
+    assert found, f"no case {start!r}"
+    return found
+
+
+def test_every_kernel_is_compiled_for_every_target(rows):
+    for target in TARGETS:
+        names = {row["kernel"] for row in rows if row["target"] == target}
+        assert names == {
+            "_dequantize_kernel",
+            "_quantize_kernel",
+            "_vector_kernel",
+            "_skinny_kernel",
+            "_backward_kernel",
+            "_down_kernel",
+            "_cross_kernel",
+            "_softmax_gradient_kernel",
+            "_adamw_kernel",
+            "_adamw_8bit_kernel",
+        }
+
+
+def test_no_register_spills(rows):
+    assert [which(row) for row in rows if row["spills"]] == []
+
+
+def test_shared_memory_within_the_limit(rows):
+    assert [which(row) for row in rows if row["shared_bytes"] > row["shared_limit_bytes"]] == []
+
+
+def test_tensor_cores_wherever_there_is_a_matrix_product(rows):
+    """M = 1 is a vector; everything else that multiplies matrices has M >= 16."""
+    products = [
+        row for row in rows if row["case"].startswith(PRODUCTS) and "M=1," not in which(row)
+    ]
+    products = [row for row in products if row["kernel"] != "_vector_kernel"]
+    assert len(products) >= 8 * len(TARGETS)
+    for row in products:
+        both = row["warp_group_products"] + row["warp_products"]
+        assert both > 0, which(row)
+
+
+def test_warp_group_products_on_hopper(rows):
+    """wgmma carries the sum over K on sm_90 in every product."""
+    products = [
+        row
+        for row in rows
+        if row["target"] == 90
+        and row["kernel"] in ("_skinny_kernel", "_backward_kernel", "_down_kernel", "_cross_kernel")
+    ]
+    assert len(products) >= 14
+    for row in products:
+        assert row["warp_group_products"] > 0, which(row)
+        assert row["warp_products"] == 0, which(row)
+
+
+def test_packed_weights_are_loaded_16_bytes_at_a_time(rows):
+    """As many 16-byte loads as the packed bytes of a turn need, and few narrower ones."""
+    readers = [row for row in rows if row["values_a_thread"]]
+    assert len(readers) >= 7 * len(TARGETS)
+    for row in readers:
+        needed = max(1, row["values_a_thread"] // 32)
+        assert row["wide_loads"] >= needed, which(row)
+    for row in on(rows, "dequantize"):
+        assert row["wide_loads"] == row["values_a_thread"] // 32, which(row)
+
+
+def test_words_are_known_to_be_aligned(rows):
+    """The load of the packed words itself, in Triton's own terms: four words a thread."""
+    for row in rows:
+        if row["values_a_thread"]:
+            assert row["packed_vector"] == 4, which(row)
+
+
+def test_optimizer_states_are_loaded_16_bytes_at_a_time(rows):
+    """Four float32 tensors twice a thread, or p and g once beside the 8-bit codes."""
+    for row in rows:
+        if row["kernel"] == "_adamw_kernel":
+            assert row["wide_loads"] == 8, which(row)
+        if row["kernel"] == "_adamw_8bit_kernel":
+            assert row["wide_loads"] >= 2, which(row)
+
+
+def test_decoding_takes_at_most_6_instructions_a_value_on_hopper(rows):
+    """bitsandbytes' Triton path takes 16.6. For M = 1 the product's own FFMAs are not decoding."""
+    for row in on(rows, "dequantize", target=90) + on(rows, "product 4096x14336 M=16", target=90):
+        assert row["instructions_a_value"] <= 6, which(row)
+    for row in on(rows, "product", target=90):
+        if row["kernel"] == "_vector_kernel":
+            multiplies = row["loop_fused_multiply_adds"] / row["values_a_thread"]
+            assert 1 <= multiplies <= 1.2, which(row)
+            assert row["instructions_a_value"] - multiplies <= 6, which(row)
+
+
+def test_no_multiplication_is_fused_with_an_addition_where_bits_count(rows):
+    """absmax = map[code] * nested + offset is rounded twice; one FFMA would round once.
+
+    The control is the same kernel with fusing allowed: there the FFMA is to be seen.
+    """
+    exact = on(rows, "dequantize") + on(rows, "quantize")
+    assert all(row["fused_multiply_adds"] == 0 for row in on(rows, "dequantize"))
+    assert all(row["mul_add_ptx"] == 0 for row in exact)
+    (control,) = on(rows, "control: contracted")
+    assert control["fused_multiply_adds"] > 0
+
+
+def test_results_are_rounded_to_nearest(rows):
+    """What the interpreter gets wrong for bfloat16 and these tests correct there: cvt.rn."""
+    for row in rows:
+        if row["kernel"] == "_dequantize_kernel" and "fp32" not in row["case"]:
+            assert row["rounding_conversions"] > 0, which(row)
