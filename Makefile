@@ -4,18 +4,18 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 READY := .venv/ready
 
-.PHONY: demo test quick lint bench clean
+.PHONY: demo test quick lint bench gpu clean
 
 demo: $(READY)
 	$(BIN)/lorax demo
 
 # What CI runs.
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # What a person runs before each commit: under a minute.
 quick: $(READY) lint
-	$(BIN)/python -m pytest -m "not slow" -x
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" -x
 
 lint: $(READY)
 	$(BIN)/ruff check lorax kernels tests benchmarks
@@ -24,6 +24,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/training_step.py
+
+# On a GPU machine; needs only torch, triton, numpy, safetensors and pytest, of the python that is there.
+gpu:
+	$(PYTHON) benchmarks/gpu_suite.py
 
 # torch comes first and exactly, so that nothing pulls another build of it. The demo's model comes
 # without its package's dependencies: lorax reads the file inside, and never imports the package.

@@ -42,6 +42,16 @@ def test_the_readme_shows_the_tree_that_is_there():
     assert shown == here
 
 
+def test_the_readme_s_tables_are_made_from_the_results():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import readme_tables
+    finally:
+        sys.path.pop(0)
+    assert set(re.findall(r"<!-- table: (\w+) -->", README)) == set(readme_tables.TABLES)
+    assert readme_tables.filled(README) == README
+
+
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 

@@ -1,0 +1,94 @@
+"""The README's tables, made from the files in benchmarks/results/.
+
+    python benchmarks/readme_tables.py          rewrites what stands between the markers
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; a test holds that the README says
+what the files say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gpu_suite
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def training_step() -> str:
+    lines = [
+        "| case | lorax | PEFT | times as fast | memory, of PEFT's | of the floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, r in results("training_step-cpu")["cases"].items():
+        lines.append(
+            f"| {case} | {r['lorax_seconds']:.2f} s | {r['peft_seconds']:.2f} s | "
+            f"{r['times_as_fast']:.2f} | {r['memory_ratio']:.2f} | {r['times_the_floor']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def quantization() -> str:
+    lines = ["| case | lorax | bitsandbytes | times as fast |", "|---|---|---|---|"]
+    for case, r in results("quantization-cpu")["cases"].items():
+        lines.append(
+            f"| {case} | {1e3 * r['lorax_seconds']:.1f} ms | "
+            f"{1e3 * r['bitsandbytes_seconds']:.1f} ms | {r['times_as_fast']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def codebooks() -> str:
+    found = results("codebooks")
+    rows = {(r["codebook"], r["block_size"]): r for r in found["rows"]}
+    sizes = sorted({size for (_, size), r in rows.items() if "smollm2_perplexity" in r})
+    head = " | ".join(f"blocks of {size}" for size in sizes)
+    lines = [f"| codebook | {head} |", "|---|" + "---|" * len(sizes)]
+    for name in dict.fromkeys(name for name, _ in rows):
+        cells = (rows[name, size] for size in sizes)
+        text = " | ".join(
+            f"{100 * c['smollm2_relative_rms']:.1f} % / {c['smollm2_perplexity']:.2f}"
+            for c in cells
+        )
+        lines.append(f"| {name} | {text} |")
+    return "\n".join(lines)
+
+
+def gpu() -> str:
+    return gpu_suite.table(RESULTS)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "training_step": training_step,
+    "quantization": quantization,
+    "codebooks": codebooks,
+    "gpu": gpu,
+}
+
+
+def filled(text: str) -> str:
+    """The README with every table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
