@@ -77,7 +77,8 @@ def test_the_readme_s_commands_exist():
     ]
     assert {c[1] for c in commands} >= {"train", "generate", "evaluate", "merge", "demo"}
     for command in commands:
-        help_text = lorax(command[1], "--help")
+        words = command[1:3] if command[1] == "inspect" else command[1:2]
+        help_text = lorax(*words, "--help")
         assert help_text.returncode == 0
         for option in re.findall(r"--[\w.-]+", " ".join(command[2:])):
             assert option in help_text.stdout or re.match(r"--\w+\.\w+", option), command
