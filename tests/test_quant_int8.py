@@ -314,6 +314,14 @@ def test_r3_integers_quantized_again_change_no_bit(shape, seed, format, block_si
         assert torch.equal(one, other)
 
 
+def test_r3_a_block_whose_ends_lie_between_two_codes_keeps_its_width():
+    once = lorax.quantize(torch.tensor([-4.5, 10.5]), "int4-affine")  # scale 1
+    assert once.codes().tolist() == [-8, 7]  # and not 6, to which 10.5 would round
+    again = lorax.quantize(once.dequantize(), "int4-affine")
+    assert torch.equal(once.scales, again.scales)
+    assert torch.equal(once.packed, again.packed)
+
+
 @given(shapes, seeds, st.sampled_from(AFFINE), st.integers(-40, 40), st.floats(-4, 4))
 def test_r3_a_power_of_two_scales_the_scales_alone(shape, seed, format, k, lean):
     x = draw(shape, seed, shift=lean)
