@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from lorax.formats.peft import load_adapter as load_adapter
     from lorax.formats.peft import save_adapter as save_adapter
     from lorax.inference.generate import generate as generate
-    from lorax.quant.nf4 import QuantizedTensor as QuantizedTensor
-    from lorax.quant.nf4 import quantize as quantize
+    from lorax.quant.formats import quantize as quantize
+    from lorax.quant.tensor import QuantizedTensor as QuantizedTensor
     from lorax.training.loop import train as train
     from lorax.training.recipe import Recipe as Recipe
 
 _HOME = {
     "LoRAConfig": "lorax.adapters.config",
     "LoraxError": "lorax.errors",
-    "QuantizedTensor": "lorax.quant.nf4",
+    "QuantizedTensor": "lorax.quant.tensor",
     "Recipe": "lorax.training.recipe",
     "add_adapter": "lorax.adapters.inject",
     "disabled_adapter": "lorax.adapters.inject",
@@ -42,7 +42,7 @@ _HOME = {
     "load_tokenizer": "lorax.formats.huggingface",
     "merge_adapter": "lorax.adapters.merge",
     "print_trainable_parameters": "lorax.adapters.inject",
-    "quantize": "lorax.quant.nf4",
+    "quantize": "lorax.quant.formats",
     "save_adapter": "lorax.formats.peft",
     "save_model": "lorax.formats.huggingface",
     "train": "lorax.training.loop",

@@ -35,7 +35,11 @@ out = Console()
 err = Console(stderr=True)
 
 Quantization = Annotated[
-    str | None, Parameter(help="nf4, nf4-dq, fp4 or fp4-dq: quantize the base.")
+    str | None,
+    Parameter(
+        help="Quantize the base: nf4, nf4-dq, fp4, fp4-dq, int8 (LLM.int8), int8-symmetric, "
+        "int8-affine, int4-symmetric or int4-affine."
+    ),
 ]
 Dtype = Annotated[str, Parameter(help="auto, float32 or bfloat16.")]
 Device = Annotated[str, Parameter(help="cpu or cuda.")]
@@ -195,8 +199,8 @@ def merge(
     output
         The model's directory; must be missing or empty.
     quantization
-        nf4 or nf4-dq merges into the dequantized weights, the ones that a QLoRA adapter was
-        trained on; without it, into the weights as they are in the base's files.
+        nf4-dq and the others merge into the dequantized weights, the ones that a QLoRA adapter
+        was trained on; without it, into the weights as they are in the base's files.
     """
     from lorax.adapters.merge import unload_adapter
     from lorax.formats.directory import check_free

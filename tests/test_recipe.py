@@ -170,7 +170,7 @@ def test_a_lora_option_that_is_left_out_is_refused_by_name(key):
         ("adapter.rank_pattern", {"q_proj": -1}),
         ("adapter.lora_alpha", math.nan),
         ("model.dtype", "float16"),
-        ("model.quantization", "int8"),
+        ("model.quantization", "int3"),
         ("data.eval_fraction", 1.0),
         ("data.eval_fraction", math.nan),
         ("data.max_length", 1),

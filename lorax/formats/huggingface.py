@@ -42,8 +42,8 @@ from lorax.formats.safetensors_files import (
 )
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
+from lorax.quant.formats import check_request, quantize
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.nf4 import check_request, quantize
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 # Buffers that old checkpoints carry beside the weights.
@@ -81,8 +81,8 @@ def load_model(
         dtype: "auto" (what config.json says, else the file's own), a name like "bfloat16", or a
             torch.dtype: what the weights are cast to, before any quantization.
         device: where the model lives.
-        quantization: None, "nf4", "nf4-dq", "fp4" or "fp4-dq": for the weight of every Linear but
-            `lm_head`.
+        quantization: None, or a format of `lorax.quant.formats` ("nf4-dq", "int8", ...): for the
+            weight of every Linear but `lm_head`.
         revision: branch, tag or commit on the Hub.
 
     Raises:

@@ -25,13 +25,13 @@ from lorax.errors import QuantizationError
 from lorax.quant import codebooks
 
 if TYPE_CHECKING:
-    from lorax.quant.nf4 import QuantizedTensor
+    from lorax.quant.nf4 import FourBitTensor
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
+def pack(tensor: FourBitTensor) -> dict[str, Tensor]:
     """Give the tensors under bitsandbytes' names, with "weight" for the weight."""
     state: dict[str, Any] = {
         "quant_type": tensor.quant_type,

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax.quant.nf4 import QuantizedTensor
+from lorax.quant import llm_int8
+from lorax.quant.formats import from_state_dict
+from lorax.quant.tensor import QuantizedTensor
 
 _scratch = threading.local()
 
@@ -37,6 +39,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
+        if isinstance(weight, llm_int8.Int8Tensor):  # there, x is quantized too
+            return llm_int8.linear(x, weight, bias)
         return F.linear(x, dequantize_into_scratch(weight, x.dtype), bias)
 
     @staticmethod
@@ -49,7 +53,8 @@ class QuantizedLinear(nn.Module):
     """y = x W^T + b with W (out, in) quantized and frozen, b (out,) or None, also frozen.
 
     x is (..., in) in the compute dtype; W is dequantized to that dtype. `state_dict` writes and
-    reads the weight under bitsandbytes' names. `.to(dtype)` leaves codes and scales as they are.
+    reads the weight under the names that a checkpoint gives it, bitsandbytes' where it has the
+    format. `.to(dtype)` leaves codes and scales as they are.
     """
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None):
@@ -71,12 +76,12 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         super()._apply(fn, recurse)
-        self.quantized = self.quantized.to(fn(self.quantized.packed).device)
+        self.quantized = self.quantized.to(fn(self.quantized.tensors()[0]).device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in self.quantized.to_bitsandbytes().items():
+        for name, tensor in self.quantized.state_dict().items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(
@@ -90,13 +95,14 @@ class QuantizedLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         bias = state_dict.get(prefix + "bias")
-        names = [name for name in state_dict if name.startswith(prefix + "weight")]
+        mine_start = (prefix + "weight", prefix + "SCB")
+        names = [name for name in state_dict if name.startswith(mine_start)]
         mine = {name.removeprefix(prefix): state_dict[name] for name in names}
-        self.quantized = QuantizedTensor.from_bitsandbytes(mine).to(self.quantized.device)
+        self.quantized = from_state_dict(mine, self.quantized.dtype).to(self.quantized.device)
         if self.bias is not None and bias is not None:
             self.bias.data.copy_(bias)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
         q = self.quantized
-        return f"{self.in_features}, {self.out_features}, {q.format}, block_size={q.block_size}"
+        return f"{self.in_features}, {self.out_features}, {q.describe()}"

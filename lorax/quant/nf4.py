@@ -37,6 +37,7 @@ from lorax.errors import QuantizationError
 from lorax.quant import bitsandbytes_layout, codebooks
 from lorax.quant.blockwise import (
     CHUNK_ELEMENTS,
+    check_block_size,
     number_of_blocks,
     quantize_blockwise,
     scale_blocks_,
@@ -48,15 +49,14 @@ from lorax.quant.double import (
     quantize_scales,
     say_fallback,
 )
+from lorax.quant.tensor import QuantizedTensor, check_source
 
 FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class QuantizedTensor:
-    """A tensor in four bits a value. Built by `quantize` or `from_bitsandbytes`.
+class FourBitTensor(QuantizedTensor):
+    """A tensor in four bits a value. Built by `quantize` or `from_state_dict`.
 
     packed: uint8 (ceil(n / 2),); absmax: (blocks,) float32, or uint8 where `nested` is there.
     shape and dtype are those of the tensor that was quantized; `dequantize` gives them back.
@@ -75,22 +75,12 @@ class QuantizedTensor:
         """The name that `quantize` takes: "nf4" or "nf4-dq"."""
         return self.quant_type if self.nested is None else f"{self.quant_type}-dq"
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors lie."""
-        return self.packed.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales together; codebooks, the same for all tensors, not counted."""
-        return sum(tensor.nbytes for tensor in self.tensors())
-
     def tensors(self) -> tuple[Tensor, ...]:
         """All that must be kept: packed codes, scales, and the second level where there is one."""
         second = () if self.nested is None else (self.nested.absmax, self.nested.offset)
         return (self.packed, self.absmax, *second)
 
-    def to(self, device: torch.device | str) -> QuantizedTensor:
+    def to(self, device: torch.device | str) -> FourBitTensor:
         """Move to another device; a dtype never changes, for these are no plain numbers."""
         nested = self.nested
         if nested is not None:
@@ -127,14 +117,7 @@ class QuantizedTensor:
         Raises:
             QuantizationError: `out` has another shape or device, or is not contiguous.
         """
-        if out is None:
-            out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
-        elif out.shape != self.shape or not out.is_contiguous() or out.device != self.device:
-            raise QuantizationError(
-                f"dequantize: out is {tuple(out.shape)} on {out.device}"
-                f"{'' if out.is_contiguous() else ', not contiguous'}; "
-                f"expected a contiguous {tuple(self.shape)} on {self.device}"
-            )
+        out = self.output(dtype, out)
         table = _pair_table(self.quant_type, self.device)
         _unpack_into(out.view(-1), self.packed, table, self.scales(), self.block_size)
         return out
@@ -143,14 +126,22 @@ class QuantizedTensor:
         """The tensors as bitsandbytes stores them: "weight", "weight.absmax", and so on."""
         return bitsandbytes_layout.pack(self)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The same as `to_bitsandbytes`."""
+        return self.to_bitsandbytes()
+
+    def describe(self) -> str:
+        """What `print(model)` shows of this tensor."""
+        return f"{self.format}, block_size={self.block_size}"
+
     @staticmethod
-    def from_bitsandbytes(tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-        """Read what `to_bitsandbytes` gives, or the same keys from a checkpoint."""
+    def from_state_dict(tensors: Mapping[str, Tensor]) -> FourBitTensor:
+        """Read what `state_dict` gives, or the same keys from a checkpoint."""
         fields = bitsandbytes_layout.unpack(tensors)
         offset = fields.pop("nested_offset")
         nested_absmax = fields.pop("nested_absmax")
         nested = None if nested_absmax is None else NestedScales(nested_absmax, offset)
-        return QuantizedTensor(**fields, nested=nested)
+        return FourBitTensor(**fields, nested=nested)
 
 
 def quantize(
@@ -160,7 +151,7 @@ def quantize(
     *,
     name: str = "weight",
     nonfinite: str = "raise",
-) -> QuantizedTensor:
+) -> FourBitTensor:
     """Quantize a tensor of any shape to four bits a value.
 
     Args:
@@ -178,20 +169,11 @@ def quantize(
             value that is not finite (with how many there are, and where the first one stands).
     """
     check_request(format, block_size, name)
-    if nonfinite not in ("raise", "allow"):
-        raise QuantizationError(f"nonfinite is {nonfinite!r}; expected 'raise' or 'allow'")
-    if weight.dtype not in SOURCE_DTYPES:
-        raise QuantizationError(
-            f"{name}: dtype {weight.dtype} cannot be quantized; "
-            "expected float32, float16 or bfloat16"
-        )
+    finite = check_source(weight, name, nonfinite)
     weight = weight.detach().contiguous()
-    finite = _check_finite(weight, name, nonfinite)
     quant_type, _, double = format.partition("-")
     packed, absmax = _quantize_packed(weight.view(-1), quant_type, block_size)
-    plain = QuantizedTensor(
-        packed, absmax, weight.shape, weight.dtype, block_size, None, quant_type
-    )
+    plain = FourBitTensor(packed, absmax, weight.shape, weight.dtype, block_size, None, quant_type)
     if not double:
         return plain
     if finite:
@@ -207,27 +189,7 @@ def check_request(format: str, block_size: int = 64, name: str = "weight") -> No
     """Refuse a format or block size that does not exist, before anything is computed."""
     if format not in FORMATS:
         raise QuantizationError(f"{name}: format {format!r} is unknown; expected one of {FORMATS}")
-    if block_size not in BLOCK_SIZES:
-        raise QuantizationError(
-            f"{name}: block_size {block_size} is not supported; expected one of {BLOCK_SIZES}"
-        )
-
-
-def _check_finite(weight: Tensor, name: str, nonfinite: str) -> bool:
-    """Whether all values are finite; an error, with their number and place, unless allowed."""
-    # A sum is finite only if all its terms are; it can overflow without them, so look again then.
-    if weight.numel() == 0 or torch.isfinite(weight.sum(dtype=torch.float32)):
-        return True
-    bad = (~torch.isfinite(weight)).nonzero()
-    if len(bad) == 0:
-        return True
-    if nonfinite == "raise":
-        first = bad[0].tolist()
-        raise QuantizationError(
-            f"{name}: {len(bad)} of {weight.numel()} values are not finite, the first at {first} "
-            f"({weight[tuple(first)].item()}); a quantized block cannot hold them"
-        )
-    return False
+    check_block_size(block_size, name)
 
 
 def _quantize_packed(flat: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,20 @@ class Section(BaseModel):
     )
 
 
+# lorax.quant.formats.FORMATS, written out: recipes are checked without loading torch.
+Quantization = Literal[
+    "nf4",
+    "nf4-dq",
+    "fp4",
+    "fp4-dq",
+    "int8",
+    "int8-symmetric",
+    "int8-affine",
+    "int4-symmetric",
+    "int4-affine",
+]
+
+
 class ModelSection(Section):
     """[model]"""
 
@@ -42,7 +56,7 @@ class ModelSection(Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "cpu"
-    quantization: Literal["nf4", "nf4-dq", "fp4", "fp4-dq"] | None = None
+    quantization: Quantization | None = None
     gradient_checkpointing: bool = False
 
 

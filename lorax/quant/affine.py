@@ -1,0 +1,199 @@
+"""Affine integers: int8 and int4 whose codes lie at equal distances, with or without a zero point.
+
+    back = (code - zero) * scale        per block of 64 values of the flat tensor, as in 4 bits
+
+**Symmetric**: zero is 0, codes -127 ... 127 (int8) or -7 ... 7 (int4), scale = max |x| / 127 or
+/ 7. One code (-128, -8) stays unused, so that both signs reach equally far.
+
+**With a zero point** ("affine"): the grid is laid over [low, high], the block's smallest and
+largest value, widened to hold 0. That wins where a block leans to one side:
+
+    symmetric   -7                0                 7        x in [-0.2, 1.0]: 9 of 15 codes used
+                 |. . . . . . . . + . . . . . . . . |
+    affine              -8   zero = -5              7        all 16
+                         |. . + . . . . . . . . . . |
+
+The zero point is the code of 0, so it belongs to the codes' own range, the signed -8 ... 7. (A
+well-known course computes it for unsigned codes, 0 ... 15, and then clamps to the signed ones: half
+of the block is lost.) A zero comes back as a zero, exactly.
+
+    codes         int8 (n,), or uint8 (ceil(n / 2),): two's complement, the earlier in the high half
+    scales        float32 (blocks,)
+    zero_points   int8 (blocks,)                         affine only
+
+8.5 and 4.5 bits a weight, and 1/8 more with zero points. bitsandbytes has neither; lorax names the
+tensors weight, weight.scales, weight.zero_points and weight.quant_state.lorax__int4-affine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lorax.errors import QuantizationError
+from lorax.quant.blockwise import (
+    check_block_size,
+    dequantize_integers,
+    number_of_blocks,
+    quantize_integers,
+)
+from lorax.quant.tensor import QuantizedTensor, check_source, take
+
+FORMATS = ("int8-symmetric", "int8-affine", "int4-symmetric", "int4-affine")
+STATE = "weight.quant_state.lorax__"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class AffineTensor(QuantizedTensor):
+    """A tensor of equally spaced integers.
+
+    packed: int8 (n,), or uint8 (ceil(n / 2),) for 4 bits; scales: (blocks,) float32;
+    zero_points: (blocks,) int8, or None where it is symmetric.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    bits: int
+    block_size: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def format(self) -> str:
+        """The name that `lorax.quantize` takes, like "int4-affine"."""
+        return f"int{self.bits}-{'symmetric' if self.zero_points is None else 'affine'}"
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Packed codes, scales, and zero points where there are some."""
+        last = () if self.zero_points is None else (self.zero_points,)
+        return (self.packed, self.scales, *last)
+
+    def to(self, device: torch.device | str) -> AffineTensor:
+        """Move to another device."""
+        zeros = None if self.zero_points is None else self.zero_points.to(device)
+        return replace(
+            self, packed=self.packed.to(device), scales=self.scales.to(device), zero_points=zeros
+        )
+
+    def codes(self) -> Tensor:
+        """The codes, one a value: (n,) int8."""
+        return self.packed if self.bits == 8 else unpack_nibbles(self.packed, self.shape.numel())
+
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """(code - zero) * scale, exact in float32 and rounded once to a shorter dtype.
+
+        The ends of the grid may lie half a step outside the block's values; what that carries past
+        the dtype's largest number comes back as that number.
+        """
+        out = self.output(dtype, out)
+        flat = out.view(-1)
+        dequantize_integers(self.codes(), self.scales, self.zero_points, self.block_size, flat)
+        return out
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors under the names above; the state is a JSON text, one byte an element."""
+        state = {
+            "blocksize": self.block_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors = {"weight": self.packed, "weight.scales": self.scales}
+        if self.zero_points is not None:
+            tensors["weight.zero_points"] = self.zero_points
+        return {**tensors, STATE + self.format: text}
+
+    def describe(self) -> str:
+        """What `print(model)` shows of this tensor."""
+        return f"{self.format}, block_size={self.block_size}"
+
+
+def quantize(
+    weight: Tensor,
+    format: str,
+    block_size: int = 64,
+    *,
+    name: str = "weight",
+    nonfinite: str = "raise",
+) -> AffineTensor:
+    """Quantize a tensor of any shape to equally spaced integers.
+
+    Args:
+        weight: float32, float16 or bfloat16; any strides; any number of values, zero included.
+        format: one of FORMATS.
+        block_size: values that share a scale: a power of two from 32 to 4096.
+        name: what messages call the tensor.
+        nonfinite: "raise", or "allow": a NaN or infinity then spoils its own block and no other.
+
+    Raises:
+        QuantizationError: an unknown format, block size or policy, a dtype that is no float, or a
+            value that is not finite.
+    """
+    if format not in FORMATS:
+        raise QuantizationError(f"{name}: format {format!r} is unknown; expected one of {FORMATS}")
+    check_block_size(block_size, name)
+    check_source(weight, name, nonfinite)
+    bits, symmetric = int(format[3]), format.endswith("symmetric")
+    flat = weight.detach().contiguous().view(-1)
+    codes, scales, zeros = quantize_integers(flat, block_size, bits, symmetric)
+    packed = codes if bits == 8 else pack_nibbles(codes)
+    return AffineTensor(packed, scales, zeros, bits, block_size, weight.shape, weight.dtype)
+
+
+def from_state_dict(tensors: Mapping[str, Tensor]) -> AffineTensor:
+    """Read what `AffineTensor.state_dict` gives.
+
+    Raises:
+        QuantizationError: a tensor is missing, or its dtype, size or values are wrong.
+    """
+    names = [name for name in tensors if name.startswith(STATE)]
+    if len(names) != 1 or names[0].removeprefix(STATE) not in FORMATS:
+        raise QuantizationError(f"expected one tensor {STATE}... of {FORMATS}, found {names}")
+    format = names[0].removeprefix(STATE)
+    shape, block_size, dtype = _read_state(tensors[names[0]], names[0])
+    bits, n = int(format[3]), shape.numel()
+    blocks = number_of_blocks(n, block_size)
+    kind, size = (torch.int8, n) if bits == 8 else (torch.uint8, (n + 1) // 2)
+    zeros = None
+    if format.endswith("affine"):
+        zeros = take(tensors, "weight.zero_points", torch.int8, (blocks,))
+        if blocks and not -(2 ** (bits - 1)) <= int(zeros.min()) <= int(zeros.max()) < 2**bits // 2:
+            raise QuantizationError(f"weight.zero_points: outside the signed range of {bits} bits")
+    packed = take(tensors, "weight", kind, (size,))
+    scales = take(tensors, "weight.scales", torch.float32, (blocks,))
+    if not torch.isfinite(scales).all():
+        raise QuantizationError("weight.scales: a scale is not finite")
+    return AffineTensor(packed, scales, zeros, bits, block_size, shape, dtype)
+
+
+def _read_state(text: Tensor, name: str) -> tuple[torch.Size, int, torch.dtype]:
+    try:
+        state = json.loads(bytes(text.cpu().tolist()))
+        shape, block_size = torch.Size(state["shape"]), state["blocksize"]
+        check_block_size(block_size, name)
+        if min(shape, default=0) < 0 or math.prod(shape) >= 2**62:
+            raise ValueError(f"shape {list(shape)}")
+        return shape, block_size, _DTYPES[state["dtype"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise QuantizationError(f"{name}: not a state of lorax's ({error!r})") from None
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """(n,) int8 in -8 ... 7 -> (ceil(n / 2),) uint8; an odd end is filled with 0."""
+    nibbles = codes.view(torch.uint8) & 15
+    if nibbles.numel() % 2:
+        nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])
+    return (nibbles[0::2] << 4) | nibbles[1::2]
+
+
+def unpack_nibbles(packed: Tensor, n: int) -> Tensor:
+    """The way back, (n,) int8: a shift to the right keeps the sign."""
+    signed = packed.view(torch.int8)
+    return torch.stack([signed >> 4, (signed << 4) >> 4], dim=1).flatten()[:n]
