@@ -22,7 +22,7 @@ import torch
 
 import lorax
 from lorax.demo import smollm2_path
-from lorax.models.loss import summed_loss
+from lorax.training.loss import summed_loss
 
 CASES = [
     f"{method} {dtype} {shape}"

@@ -14,8 +14,8 @@ from lorax.adapters.lora import LoRALinear
 from lorax.adapters.merge import merged_linear
 from lorax.errors import AdapterError, UsageError
 from lorax.formats.model_config import new_model, read_config
-from lorax.models.loss import summed_loss
 from lorax.quant.linear import QuantizedLinear
+from lorax.training.loss import summed_loss
 
 
 @pytest.fixture

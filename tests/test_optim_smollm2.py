@@ -9,8 +9,8 @@ import torch
 import lorax
 from lorax.demo import has_fast_bfloat16, smollm2_path
 from lorax.errors import EnvironmentProblem
-from lorax.models.loss import summed_loss
 from lorax.optim import AdamW, AdamW8bit
+from lorax.training.loss import summed_loss
 
 STEPS, ROWS, TOKENS = 100, 2, 64
 

@@ -13,9 +13,9 @@ import lorax
 from lorax.data.batches import micro_batches
 from lorax.errors import NumericalStop, RecipeError, UsageError
 from lorax.formats.tokenizer_files import write_tokenizer
-from lorax.models.loss import head_loss, summed_loss
 from lorax.training.evaluate import evaluate
 from lorax.training.loop import Listener, prepare
+from lorax.training.loss import head_loss, summed_loss
 
 LINE = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds"]
 
@@ -207,7 +207,7 @@ def test_evaluation_is_the_mean_over_tokens_whatever_the_micro_batches(folder, t
 @pytest.mark.parametrize("rows", [1, 7, 300])
 def test_head_loss_over_a_frozen_head_against_cross_entropy(rows, dtype, monkeypatch):
     """Loss and gradient; the chunked one's error against float64 is at most torch's, and a half."""
-    monkeypatch.setattr("lorax.models.loss.CHUNK_LOGITS", 97 * 64)
+    monkeypatch.setattr("lorax.training.loss.CHUNK_LOGITS", 97 * 64)
     head = torch.nn.Linear(32, 97, bias=False, dtype=dtype).requires_grad_(False)
     x = torch.randn(rows, 32, dtype=dtype)
     targets = torch.randint(0, 97, (rows,))

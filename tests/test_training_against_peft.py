@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import lorax
-from lorax.models.loss import summed_loss
+from lorax.training.loss import summed_loss
 
 STEPS = 20
 

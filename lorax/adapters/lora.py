@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorax.quant import ops
 from lorax.quant.linear import QuantizedLinear
+from lorax.quant.nf4 import FourBitTensor
 
 
 class LoRALinear(nn.Module):
@@ -67,6 +69,8 @@ class LoRALinear(nn.Module):
             return self.base_layer(x)
         if self.merged is not None:
             return self.merged(x)
+        if self._is_fused(x):
+            return self._fused(x)
         y = self.base_layer(x)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
@@ -74,6 +78,19 @@ class LoRALinear(nn.Module):
         B = self.lora_B.to(x.dtype)
         path = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=self.scaling)
         return path.view(y.shape)
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether base and path are one operator: a four-bit base on CUDA, no dropout at work."""
+        base = self.base_layer
+        dropping = self.dropout > 0 and self.training
+        return isinstance(base, QuantizedLinear) and base.has_kernels(x) and not dropping
+
+    def _fused(self, x: Tensor) -> Tensor:
+        base = self.base_layer
+        assert isinstance(base, QuantizedLinear)
+        assert isinstance(base.quantized, FourBitTensor)
+        weight = base.quantized.operands()
+        return ops.lora_linear_4bit(x, self.lora_A, self.lora_B, self.scaling, base.bias, *weight)
 
     def delta(self) -> Tensor:
         """What the path adds to the weight: scaling * B A, (out, in) float32."""

@@ -6,6 +6,9 @@
 Nothing of W's size is kept between the two, which is what makes QLoRA fit. The scratch is one
 buffer per thread, device and dtype, grown to the largest weight and used again by every layer: a
 fresh 64 MB buffer costs 20 ms in page faults on a CPU, more than the decoding itself.
+
+On CUDA a four-bit weight is not decoded here at all: the product is one operator (ops.py), whose
+kernels decode in registers for few rows and into a scratch of their own beyond.
 """
 
 import threading
@@ -15,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax.quant import llm_int8
+from lorax.quant import llm_int8, ops
 from lorax.quant.formats import from_state_dict
+from lorax.quant.nf4 import FourBitTensor
 from lorax.quant.tensor import QuantizedTensor
 
 _scratch = threading.local()
@@ -65,7 +69,14 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self.has_kernels(x):
+            assert isinstance(self.quantized, FourBitTensor)
+            return ops.matmul_4bit(x, self.bias, *self.quantized.operands())
         return _FrozenLinear.apply(x, self.quantized, self.bias)
+
+    def has_kernels(self, x: Tensor) -> bool:
+        """Whether a Triton kernel takes this layer's product with x: four bits, on CUDA."""
+        return isinstance(self.quantized, FourBitTensor) and ops.uses_triton(x)
 
     def dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The same layer with its weight dequantized, frozen."""

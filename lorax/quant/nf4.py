@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from lorax.errors import QuantizationError
-from lorax.quant import bitsandbytes_layout, codebooks
+from lorax.kernels.weight import PackedWeight
+from lorax.quant import bitsandbytes_layout, codebooks, ops
 from lorax.quant.blockwise import (
     CHUNK_ELEMENTS,
     check_block_size,
@@ -118,9 +119,21 @@ class FourBitTensor(QuantizedTensor):
             QuantizationError: `out` has another shape or device, or is not contiguous.
         """
         out = self.output(dtype, out)
+        if ops.uses_triton(out):
+            return ops.dequantize_4bit_into(self.operands(), out)
         table = _pair_table(self.quant_type, self.device)
         _unpack_into(out.view(-1), self.packed, table, self.scales(), self.block_size)
         return out
+
+    def operands(self) -> PackedWeight:
+        """The tensors as the operators and kernels take them."""
+        code = _on_device(self.quant_type, self.device)
+        shape = tuple(self.shape)
+        if self.nested is None:
+            return PackedWeight(self.packed, self.absmax, code, shape, self.block_size)
+        dynamic = _on_device("dynamic", self.device)
+        second = (self.nested.absmax, dynamic, self.nested.offset)
+        return PackedWeight(self.packed, self.absmax, code, shape, self.block_size, *second)
 
     def to_bitsandbytes(self) -> dict[str, Tensor]:
         """The tensors as bitsandbytes stores them: "weight", "weight.absmax", and so on."""
@@ -206,6 +219,13 @@ def _quantize_packed(flat: Tensor, quant_type: str, block_size: int) -> tuple[Te
             codes = torch.cat([codes, codes.new_tensor([code.tolist().index(0.0)])])
         torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=packed[start // 2 : (stop + 1) // 2])
     return packed, absmax
+
+
+@cache
+def _on_device(table: str, device: torch.device) -> Tensor:
+    """A codebook, or the "dynamic" map of the scales, on that device."""
+    values = codebooks.dynamic_map() if table == "dynamic" else codebooks.four_bit(table)
+    return values.to(device)
 
 
 @cache

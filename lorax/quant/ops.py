@@ -46,7 +46,8 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def _uses_triton(tensor: Tensor) -> bool:
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether the operators run in Triton for this tensor: on CUDA, or where that is forced."""
     name = _forced.get() or os.environ.get("LORAX_KERNELS", "auto")
     if name not in BACKENDS:
         raise UsageError(f"LORAX_KERNELS={name!r} is unknown; expected one of {BACKENDS}")
@@ -62,7 +63,7 @@ def _uses_triton(tensor: Tensor) -> bool:
 
 def _module(name: str, tensor: Tensor) -> ModuleType:
     """lorax.kernels.`name`, or its twin in plain PyTorch."""
-    return import_module(f"lorax.kernels.{name if _uses_triton(tensor) else 'reference'}")
+    return import_module(f"lorax.kernels.{name if uses_triton(tensor) else 'reference'}")
 
 
 @torch.library.custom_op("lorax::dequantize_4bit", mutates_args=())
@@ -99,6 +100,12 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
+
+
+def dequantize_4bit_into(weight: PackedWeight, out: Tensor) -> Tensor:
+    """The same into a buffer that is there: `out`, contiguous, of the weight's shape."""
+    result: Tensor = _module("dequantize", out).dequantize(weight, out)
+    return result
 
 
 def _quantized(x: Tensor, block_size: int, codes: int) -> tuple[Tensor, Tensor]:

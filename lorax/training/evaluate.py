@@ -8,7 +8,7 @@ import torch
 from lorax.data.batches import micro_batches
 from lorax.data.examples import Example
 from lorax.models import Model
-from lorax.models.loss import summed_loss
+from lorax.training.loss import summed_loss
 
 
 def evaluate(

@@ -34,8 +34,8 @@ from lorax.formats.directory import check_free
 from lorax.formats.huggingface import load_model, load_tokenizer
 from lorax.formats.peft import save_adapter
 from lorax.models import Model
-from lorax.models.loss import summed_loss
 from lorax.training.evaluate import evaluate
+from lorax.training.loss import summed_loss
 from lorax.training.metrics import Line, MetricsFile, plot_loss
 from lorax.training.optimizers import build_optimizer, paging_line, set_rates
 from lorax.training.recipe import Recipe

@@ -6,7 +6,7 @@ that is 1 GB in float32, and as much again for their gradient. Two savings chang
 - Only the hidden states in front of a trained token go through the head, not prompts and padding.
 - Over a frozen head the gradient of the hidden states is all that is wanted, and it is known as
   soon as the loss is: dX = (softmax(X W^T) - onehot) W. So both are computed a chunk of rows at a
-  time, and the chunk's logits are forgotten.
+  time, and the chunk's logits are forgotten. On CUDA a Triton kernel does the chunk's softmax.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorax.models import Model
+from lorax.quant import ops
 
 CHUNK_LOGITS = 2**23  # 32 MiB in float32
 
@@ -35,6 +36,8 @@ def summed_loss(model: Model, input_ids: Tensor, labels: Tensor) -> Tensor:
 def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     """Sum of cross entropies of hidden (N, C) behind `head`, against targets (N,)."""
     if isinstance(head, nn.Linear) and not head.weight.requires_grad and head.bias is None:
+        if ops.uses_triton(hidden):
+            return ops.cross_entropy_frozen_head(hidden, head.weight, targets)
         return _FrozenHeadLoss.apply(hidden, head.weight, targets)
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 

@@ -1,0 +1,89 @@
+"""Layers, adapter and loss through the Triton operators, as on CUDA, against the plain way."""
+
+import pytest
+import torch
+from torch import nn
+
+import lorax
+from lorax.adapters.lora import LoRALinear
+from lorax.quant.linear import QuantizedLinear
+from lorax.quant.ops import backend
+from lorax.training.loss import head_loss
+
+FORMATS = ("nf4", "nf4-dq", "fp4-dq")
+
+
+def both(call, *inputs):
+    """(result, gradients of the inputs) in PyTorch and in Triton."""
+    found = []
+    for name in ("pytorch", "triton"):
+        given = [t.detach().clone().requires_grad_() for t in inputs]
+        with backend(name):
+            result = call(*given)
+            result.float().square().sum().backward()
+        found.append((result.detach(), [t.grad for t in given]))
+    return found
+
+
+def close(a, b):
+    return (a - b).norm() <= 2e-6 * b.norm()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantize_into_a_buffer_is_bit_equal(format, dtype):
+    q = lorax.quantize(torch.randn(24, 96), format)
+    out = torch.full((24, 96), float("nan"), dtype=dtype)
+    with backend("triton"):
+        assert q.dequantize(out=out) is out
+    assert torch.equal(out, q.dequantize(dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_quantized_linear(format, rows):
+    layer = QuantizedLinear(lorax.quantize(torch.randn(24, 128), format), torch.randn(24))
+    (one, (dx1,)), (two, (dx2,)) = both(layer, torch.randn(2, rows, 128))
+    assert close(two, one)
+    assert close(dx2, dx1)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_lora_linear_with_every_gradient_by_name(format):
+    base = QuantizedLinear(lorax.quantize(torch.randn(24, 128), format), torch.randn(24))
+    layer = LoRALinear(base, r=4, scaling=0.5, dropout=0.1).eval()
+    layer.lora_A.data.normal_()
+    layer.lora_B.data.normal_()
+    found = {}
+    x = torch.randn(2, 3, 128)
+    for name in ("pytorch", "triton"):
+        layer.zero_grad()
+        given = x.clone().requires_grad_()
+        with backend(name):
+            y = layer(given)
+            y.square().sum().backward()
+        found[name] = {
+            "y": y.detach(),
+            "x": given.grad,
+            "lora_A": layer.lora_A.grad.clone(),
+            "lora_B": layer.lora_B.grad.clone(),
+        }
+    for name, expected in found["pytorch"].items():
+        assert close(found["triton"][name], expected), name
+
+
+def test_dropout_at_work_takes_the_plain_way():
+    layer = LoRALinear(QuantizedLinear(lorax.quantize(torch.randn(8, 64), "nf4")), 2, 1.0, 0.5)
+    layer.lora_B.data.normal_()
+    layer.lora_A.data.normal_()
+    x = torch.randn(4, 64)
+    with backend("triton"):
+        assert not torch.equal(layer.train()(x), layer.eval()(x))
+
+
+def test_loss_over_a_frozen_head():
+    head = nn.Linear(32, 97, bias=False).requires_grad_(False)
+    targets = torch.randint(0, 97, (7,))
+    (one, (dx1,)), (two, (dx2,)) = both(lambda h: head_loss(h, head, targets), torch.randn(7, 32))
+    assert close(two, one)
+    assert close(dx2, dx1)
