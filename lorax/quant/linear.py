@@ -50,11 +50,13 @@ class QuantizedLinear(nn.Module):
 
     x is (..., in) in the compute dtype; W is dequantized to that dtype. `state_dict` writes and
     reads the weight under bitsandbytes' names. `.to(dtype)` leaves codes and scales as they are.
+    `dtype`, the weight's own unless it is set, is what `dense` gives.
     """
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None):
         super().__init__()
         self.quantized = weight
+        self.dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -65,7 +67,8 @@ class QuantizedLinear(nn.Module):
     def dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The same layer with its weight dequantized, frozen."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.quantized.dequantize(dtype), requires_grad=False)
+        weight = self.quantized.dequantize(dtype or self.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias  # type: ignore[assignment]
         return linear
 
@@ -90,9 +93,10 @@ class QuantizedLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         bias = state_dict.get(prefix + "bias")
-        names = [name for name in state_dict if name.startswith(prefix + "weight")]
+        names = [name for name in state_dict if name.startswith(prefix)]
         mine = {name.removeprefix(prefix): state_dict[name] for name in names}
-        self.quantized = QuantizedTensor.from_bitsandbytes(mine).to(self.quantized.device)
+        kind, device = type(self.quantized), self.quantized.device
+        self.quantized = kind.from_bitsandbytes(mine).to(device)
         if self.bias is not None and bias is not None:
             self.bias.data.copy_(bias)
 
