@@ -256,7 +256,7 @@ def test_another_dtype_is_that_of_the_activations_and_the_weights_keep_their_bit
     lorax.add_adapter(mine, lorax.LoRAConfig(r=2, init_lora_weights=False))
     adapted = logits(mine, ids)
     lorax.unload_adapter(mine, merge=True)
-    assert mine.get_submodule(LAYER["llama"]).weight.dtype == torch.float32
+    assert mine.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
     assert (logits(mine, ids) - adapted).norm() <= 1e-5 * adapted.norm()  # promise R13
 
 
@@ -495,14 +495,14 @@ def test_a_truncated_file_is_refused(cut, stored, tmp_path):
 
 @pytest.mark.parametrize("golden", GOLDEN)
 def test_flipped_bytes_are_errors_of_lorax_or_do_no_harm(golden, tmp_path):
-    """Promise S5. The header, the states and what lies between them, 60 damaged copies of each."""
+    """Promise S5. The header, the states and what lies between them, 30 damaged copies of each."""
     shutil.copytree(HERE / golden, tmp_path / "q")
     file = tmp_path / "q" / "model.safetensors"
     data = file.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     draw = random.Random(0)
     states = [i for i in range(header, len(data)) if data[i : i + 12] == b'{"quant_type']
-    for turn in range(60):
+    for turn in range(30):
         start = draw.choice([0, header, *states])
         damaged = bytearray(data)
         for _ in range(draw.randint(1, 3)):
