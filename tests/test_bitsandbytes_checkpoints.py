@@ -732,11 +732,13 @@ def test_a_failed_save_leaves_nothing(stored, monkeypatch, tmp_path):
 
 
 MEMORY = """
-import resource, sys
+import sys
 from lorax.formats.quantize_model import quantize_model
 source, warm, target = sys.argv[1:4]
 quantize_model(warm, target + "-warm")          # imports, thread pools, the small model's memory
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # not ru_maxrss, which on Linux begins with what the parent had when it started us
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 before = peak()
 quantize_model(source, target, max_shard_bytes=int(sys.argv[4]))
 print(peak() - before)
@@ -745,7 +747,10 @@ print(peak() - before)
 
 @pytest.mark.slow
 def test_peak_memory_is_that_of_a_shard(tmp_path):
-    """285 MB in bfloat16 become 76 MB, in shards of 16 MB, in the memory of one and a tensor."""
+    """273 MB in bfloat16 become 74 MB: in the memory of a shard, a tensor and a constant.
+
+    Measured growth for shards of 8, 16, 40 and 80 MB: 64, 92, 119 and 139 MB.
+    """
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8,
              "num_attention_heads": 8, "vocab_size": 1000}  # fmt: skip
     torch.manual_seed(0)
@@ -761,8 +766,8 @@ def test_peak_memory_is_that_of_a_shard(tmp_path):
     shards = sorted((tmp_path / "q").glob("*.safetensors"))
     assert len(shards) >= 4
     largest = 4096 * 1024 * 2  # bytes of the largest tensor of the source
-    chunks = 12_000_000  # the quantizer's float32 chunks and codes, a byte a value
-    assert grown <= 1.1 * shard + 2 * largest + chunks, f"{grown / 1e6:.1f} MB"
+    constant = 70_000_000  # the quantizer's buffers, and what the heap keeps of freed tensors
+    assert shard / 2 < grown <= shard + 2 * largest + constant, f"{grown / 1e6:.1f} MB"
 
 
 def big_model(path, config):
