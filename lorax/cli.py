@@ -201,6 +201,7 @@ def merge(
     quantization
         nf4-dq and the others merge into the dequantized weights, the ones that a QLoRA adapter
         was trained on; without it, into the weights as they are in the base's files.
+        What the adapter leaves alone stays quantized.
     """
     from lorax.adapters.merge import unload_adapter
     from lorax.formats.directory import check_free
@@ -283,6 +284,49 @@ def inspect_quantization(
             )
     if plot is not None:
         _say(f"picture  {plot}")
+
+
+@app.command
+def quantize(
+    model: str,
+    output: Path,
+    /,
+    *,
+    format: Annotated[str, Parameter(help="nf4, nf4-dq, fp4 or fp4-dq.")] = "nf4-dq",
+    block_size: Annotated[int, Parameter(help="Values that share a scale: 32 to 4096.")] = 64,
+    dtype: Dtype = "auto",
+    max_shard_bytes: Annotated[Positive, Parameter(help="The largest file.")] = 5 * 10**9,
+    json: Json = False,
+) -> None:
+    """Write a 4-bit copy of a model that lorax and transformers + bitsandbytes open.
+
+    Tensor by tensor, in memory of about one output file.
+
+    Parameters
+    ----------
+    model
+        A model: directory, Hub id or .gguf.
+    output
+        The copy's directory; must be missing or empty. The tokenizer's files come along.
+    """
+    from lorax.formats.quantize_model import quantize_model
+    from lorax.progress import TensorProgress
+
+    with TensorProgress(err if json else out) as progress:
+        result = quantize_model(
+            model,
+            output,
+            format,
+            block_size=block_size,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )
+    if json:
+        _print_json(result.as_dict())
+    else:
+        out.print(str(result), highlight=False, soft_wrap=True)
+        out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
 
 @app.command

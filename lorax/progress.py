@@ -1,4 +1,4 @@
-"""A run's progress: a bar on a terminal, a line a step elsewhere."""
+"""A run's progress: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -75,3 +75,41 @@ class TrainingProgress(Listener):
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class TensorProgress:
+    """Shows how many of a model's tensors are done; a context manager, called after each tensor."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._tenths = 0
+        self._bar = Progress(
+            TextColumn("tensors"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> TensorProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        """`done` of `total` tensors are written, `name` was the last."""
+        self._bar.update(self._task, completed=done, total=total, description=name)
+        if not self._console.is_terminal and 10 * done // total > self._tenths:
+            self._tenths = 10 * done // total
+            line = f"{done:>5} of {total} tensors  {name}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)

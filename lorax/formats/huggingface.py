@@ -2,14 +2,16 @@
 
 A model is built without memory first (on torch's meta device); then its tensors are read one at a
 time, cast, quantized where that is asked for, and put in place. So the peak is the finished model
-plus one tensor.
+plus one tensor. What bitsandbytes has quantized already stays in its few bits
+(`lorax.formats.bitsandbytes`).
 """
 
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +23,14 @@ from lorax.errors import (
     EnvironmentProblem,
     FormatError,
     QuantizationError,
-    UnsupportedModel,
     UsageError,
 )
-from lorax.formats import gguf_files, tokenizer_files
+from lorax.formats import bitsandbytes, gguf_files, tokenizer_files
 from lorax.formats.directory import written_directory
 from lorax.formats.json_files import read_json
 from lorax.formats.model_config import (
     DTYPES,
+    is_tied,
     new_model,
     read_config,
     stated_dtype,
@@ -44,6 +46,7 @@ from lorax.models import Model
 from lorax.models.gpt2 import GPT2
 from lorax.quant.formats import check_request, quantize
 from lorax.quant.linear import QuantizedLinear
+from lorax.quant.tensor import QuantizedTensor
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 # Buffers that old checkpoints carry beside the weights.
@@ -74,7 +77,7 @@ def load_model(
     *,
     revision: str | None = None,
 ) -> Model:
-    """Load a Llama or GPT-2, frozen and in eval mode.
+    """Load a Llama or GPT-2, frozen and in eval mode; quantized, if its files are.
 
     Args:
         path: a model directory in Hugging Face's layout, a `.gguf` file, or a Hub id.
@@ -82,7 +85,8 @@ def load_model(
             torch.dtype: what the weights are cast to, before any quantization.
         device: where the model lives.
         quantization: None, or a format of `lorax.quant.formats` ("nf4-dq", "int8", ...): for the
-            weight of every Linear but `lm_head`.
+            weight of every Linear but `lm_head`. A checkpoint in bitsandbytes' 4 or 8 bits needs
+            None: it stays as it is.
         revision: branch, tag or commit on the Hub.
 
     Raises:
@@ -97,23 +101,65 @@ def load_model(
         except QuantizationError as error:
             raise UsageError(str(error)) from None
     wanted, device = as_dtype(dtype), as_device(device)
+    files = open_model_files(path, revision)
+    if quantization and isinstance(files.source, bitsandbytes.QuantizedFiles):
+        raise UsageError(
+            f"{files.where}: is quantized by bitsandbytes already and loads as it is; "
+            f"leave quantization={quantization!r} out"
+        )
+    _fill(files, wanted or files.dtype, device, quantization)
+    files.model.name_or_path = os.fspath(path)
+    return files.model
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files, opened: the model on the meta device, and where its tensors are.
+
+    config is config.json's content (None for .gguf); names go from the model's to the source's.
+    """
+
+    where: Path
+    config: dict[str, Any] | None
+    model: Model
+    source: TensorSource
+    names: dict[str, str]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What config.json says, else the embedding's."""
+        stated = None if self.config is None else stated_dtype(self.config)
+        return stated or self.source.dtype(self.names[self.model.embedding_name])
+
+    def read(self, mine: str) -> Tensor | None:
+        """A plain tensor by the model's name for it; None for a head that is the embedding.
+
+        Raises:
+            FormatError: another shape, no floats, or a tied head that differs.
+        """
+        theirs = self.names[mine]
+        shape = self.model.get_parameter(mine).shape
+        tensor = _shaped(self.source.read(theirs), mine, shape, self.model)
+        if mine == "lm_head.weight" and self.model.config.tie_word_embeddings:
+            embedding = self.source.read(self.names[self.model.embedding_name])
+            _check_tied(tensor, embedding, theirs)
+            return None
+        return tensor
+
+
+def open_model_files(path: str | os.PathLike[str], revision: str | None = None) -> ModelFiles:
+    """Open a model directory, a .gguf file or a Hub id; nothing but names and config is read."""
     where = find_model(path, revision)
     if where.suffix == ".gguf":
         gguf = gguf_files.open_gguf(where)
         model = new_model(gguf.config)
-        stated = None
-        source: TensorSource = gguf
-    else:
-        found = read_json(where / "config.json")
-        _refuse_quantized(found, where)
-        model = new_model(read_config(found, str(where / "config.json")))
-        stated = stated_dtype(found)
-        source = open_checkpoint(where)
-    names = _match_names(model, source.names, where)
-    wanted = wanted or stated or source.dtype(names[model.embedding_name])
-    _fill(model, source, names, wanted, device, quantization)
-    model.name_or_path = os.fspath(path)
-    return model
+        return ModelFiles(where, None, model, gguf, _match_names(model, gguf.names, where))
+    found = read_json(where / "config.json")
+    bits = bitsandbytes.stored_bits(found, str(where))
+    model = new_model(read_config(found, str(where / "config.json")))
+    plain = open_checkpoint(where)
+    source = plain if bits is None else bitsandbytes.QuantizedFiles(plain, bits)
+    return ModelFiles(where, found, model, source, _match_names(model, source.names, where))
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
@@ -133,10 +179,12 @@ def save_model(
 ) -> None:
     """Write a model directory that transformers opens; `path` must be missing or empty.
 
-    With a `tokenizer`, its files are written too.
+    With a `tokenizer`, its files are written too. A quantized model is written in bitsandbytes'
+    form, which transformers opens together with bitsandbytes, and lorax without it.
 
     Raises:
-        UsageError: an adapter is still attached, the model is quantized, or `path` is taken.
+        UsageError: an adapter is still attached, the model is quantized in a way that bitsandbytes
+            has no files for, or `path` is taken.
         EnvironmentProblem: the disk is full or refuses; nothing is left behind.
     """
     for name, module in model.named_modules():
@@ -145,22 +193,29 @@ def save_model(
                 f"{name} carries an adapter: unload_adapter(model, merge=True) first, "
                 "or save_adapter for the adapter alone"
             )
-        if isinstance(module, QuantizedLinear):
-            raise UsageError(
-                f"{name} is quantized ({module.quantized.format}); "
-                "load the model without quantization to save it"
-            )
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLinear)}
+    formats = bitsandbytes.stored_format(linears)
+    plain = [name for name, module in linears.items() if isinstance(module, nn.Linear)]
     tensors = model.state_dict()
-    if model.lm_head.weight is model.get_parameter(model.embedding_name):
+    if is_tied(model):
         del tensors["lm_head.weight"]
     if isinstance(model, GPT2):
-        tensors = {n: t.t() if _CONV1D.search(n) else t for n, t in tensors.items()}
+        turned = {f"{name}.weight" for name in plain}
+        tensors = {n: as_stored(n, t) if n in turned else t for n, t in tensors.items()}
+    config = write_config(model)
+    if formats:
+        dtype = model.get_parameter(model.embedding_name).dtype
+        config["quantization_config"] = bitsandbytes.quantization_config(formats, plain, dtype)
     with written_directory(Path(path)) as directory:
         write_checkpoint(tensors, directory, max_shard_bytes)
-        text = json.dumps(write_config(model), indent=2) + "\n"
-        (directory / "config.json").write_text(text)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer_files.write_tokenizer(tokenizer, directory)
+
+
+def as_stored(name: str, weight: Tensor) -> Tensor:
+    """A plain weight as transformers' GPT-2 keeps it: its Conv1D is (in, out)."""
+    return weight.t() if _CONV1D.search(name) else weight
 
 
 def find_model(path: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -218,16 +273,6 @@ def as_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _refuse_quantized(found: dict[str, object], where: Path) -> None:
-    settings = found.get("quantization_config")
-    if settings:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise UnsupportedModel(
-            f"{where}: a checkpoint that is quantized already ({method}); "
-            "load the original and pass quantization="
-        )
-
-
 def _match_names(model: Model, found: list[str], where: Path) -> dict[str, str]:
     """The model's tensor names -> the file's; every name on either side must have a partner."""
     expected = set(model.state_dict())
@@ -251,31 +296,50 @@ def _match_names(model: Model, found: list[str], where: Path) -> dict[str, str]:
 
 
 def _fill(
-    model: Model,
-    source: TensorSource,
-    names: dict[str, str],
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: str | None,
+    files: ModelFiles, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> None:
-    tied = model.config.tie_word_embeddings
-    modules = dict(model.named_modules())
-    for mine, theirs in names.items():
+    model = files.model
+    for mine in files.names:
         module_name, _, parameter = mine.rpartition(".")
-        module = modules[module_name]
-        tensor = _shaped(source.read(theirs), mine, getattr(module, parameter).shape, model)
-        if tied and module is model.lm_head:
-            _check_tied(tensor, source.read(names[model.embedding_name]), theirs)
+        module = model.get_submodule(module_name)
+        stored = _stored_weight(files, mine, module, dtype)
+        if stored is not None:
+            replace_module(model, module_name, _quantized_linear(stored.to(device), module, dtype))
+            continue
+        tensor = files.read(mine)
+        if tensor is None:
             continue
         tensor = tensor.to(dtype=dtype, copy=True).to(device).contiguous()
         if quantization and parameter == "weight" and quantizable(module_name, module):
-            modules[module_name] = QuantizedLinear(quantize(tensor, quantization, name=mine))
-            modules[module_name].bias = module.bias
-            replace_module(model, module_name, modules[module_name])
+            weight = quantize(tensor, quantization, name=mine)
+            replace_module(model, module_name, _quantized_linear(weight, module, dtype))
         else:
             setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
     model.eval()
+
+
+def _stored_weight(
+    files: ModelFiles, mine: str, module: nn.Module, dtype: torch.dtype
+) -> QuantizedTensor | None:
+    """The weight as the file has quantized it, or None where it is plain."""
+    if not isinstance(files.source, bitsandbytes.QuantizedFiles):
+        return None
+    stored = files.source.read_linear(files.names[mine], module, dtype)
+    tied = module is files.model.lm_head and files.model.config.tie_word_embeddings
+    if tied and stored is not None:
+        raise FormatError(f"{mine} is quantized, although config.json ties it to the embedding")
+    return stored
+
+
+def _quantized_linear(
+    weight: QuantizedTensor, module: nn.Module, dtype: torch.dtype
+) -> QuantizedLinear:
+    """The Linear with this weight, and with the bias that `module` has or is going to get."""
+    linear = QuantizedLinear(weight)
+    linear.dtype = dtype
+    linear.bias = module.bias  # type: ignore[assignment]
+    return linear
 
 
 def quantizable(name: str, module: nn.Module) -> bool:

@@ -60,7 +60,7 @@ def write_config(model: Model) -> dict[str, Any]:
     config = model.config
     embedding = model.get_parameter(model.embedding_name)
     fields = dataclasses.asdict(config)
-    fields["tie_word_embeddings"] = model.lm_head.weight is embedding
+    fields["tie_word_embeddings"] = is_tied(model)
     dtype = str(embedding.dtype).removeprefix("torch.")
     if isinstance(config, GPT2Config):
         return {
@@ -84,6 +84,12 @@ def write_config(model: Model) -> dict[str, Any]:
         "rope_scaling": rope,
         "torch_dtype": dtype,
     }
+
+
+def is_tied(model: Model) -> bool:
+    """Whether the head is the embedding; a head that was quantized is not."""
+    weight = getattr(model.lm_head, "weight", None)
+    return weight is model.get_parameter(model.embedding_name)
 
 
 def stated_dtype(found: dict[str, Any]) -> torch.dtype | None:

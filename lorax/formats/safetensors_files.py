@@ -114,18 +114,70 @@ def write_checkpoint(
     tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` and their index."""
-    shards = _split(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        write_file(tensors, directory / SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_file({name: tensors[name] for name in names}, directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    writer = ShardWriter(directory, max_shard_bytes)
+    for names in by_module(tensors):
+        writer.add({name: tensors[name] for name in names})
+    writer.finish()
+
+
+def by_module(names: Iterable[str]) -> list[list[str]]:
+    """Group the names of one module's tensors, in the order in which the modules come first."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        module, weight, _ = name.partition(".weight")  # "P.weight.absmax" is P's as well
+        groups.setdefault(module if weight else name.rpartition(".")[0], []).append(name)
+    return list(groups.values())
+
+
+class ShardWriter:
+    """Writes tensors as they come, holding one shard at most.
+
+    How many shards there will be is known at the end only, so they get their names in `finish`.
+    The tensors of one `add` stay in one shard, however large they are: transformers before version
+    5 needs a quantized weight and its scales in the same file.
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES):
+        self._directory = directory
+        self._max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self.tensor_bytes = 0  # written and pending
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take some tensors; writes a shard if they would make it too large."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        pending = sum(tensor.nbytes for tensor in self._pending.values())
+        if self._pending and pending + size > self._max_shard_bytes:
+            self._flush()
+        self._pending |= tensors
+        self.tensor_bytes += size
+
+    def finish(self) -> None:
+        """Write the last shard and, if there are several, the index."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._path(0).rename(self._directory / SINGLE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+            self._path(number).rename(self._directory / file)
+            weight_map |= dict.fromkeys(names, file)
+        index: dict[str, Any] = {
+            "metadata": {"total_size": self.tensor_bytes},
+            "weight_map": weight_map,
+        }
+        (self._directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"shard-{number}.safetensors"
+
+    def _flush(self) -> None:
+        write_file(self._pending, self._path(len(self._shards)))
+        self._shards.append(list(self._pending))
+        self._pending.clear()
 
 
 def _names(path: Path) -> list[str]:
@@ -134,15 +186,3 @@ def _names(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise FormatError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def _split(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += tensor.nbytes
-    return shards

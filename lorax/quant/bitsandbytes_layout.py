@@ -42,11 +42,12 @@ def pack(tensor: FourBitTensor) -> dict[str, Tensor]:
     tensors = {
         "weight": tensor.packed.view(-1, 1),
         "weight.absmax": tensor.absmax,
-        "weight.quant_map": codebooks.four_bit(tensor.quant_type).to(tensor.device),
+        # a copy each time: safetensors refuses tensors that share memory
+        "weight.quant_map": codebooks.four_bit(tensor.quant_type).to(tensor.device, copy=True),
     }
     if tensor.nested is not None:
         tensors["weight.nested_absmax"] = tensor.nested.absmax
-        tensors["weight.nested_quant_map"] = codebooks.dynamic_map().to(tensor.device)
+        tensors["weight.nested_quant_map"] = codebooks.dynamic_map().to(tensor.device, copy=True)
         state |= {
             "nested_blocksize": 256,
             "nested_dtype": "float32",
@@ -70,7 +71,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     blocks = -(-n // block_size)
     double = "nested_offset" in state
     scale_dtype = torch.uint8 if double else torch.float32
-    packed = _take(tensors, "weight").contiguous().view(torch.uint8).flatten()
+    packed = _take(tensors, "weight").contiguous().flatten().view(torch.uint8)
     if packed.numel() != (n + 1) // 2:
         raise QuantizationError(
             f"weight: {packed.numel()} bytes, but shape {list(shape)} needs {(n + 1) // 2}"
@@ -115,9 +116,10 @@ def _read_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             and min(shape, default=0) >= 0
             and block_size in (32, 64, 128, 256, 512, 1024, 2048, 4096)
             and state.get("nested_blocksize", 256) == 256
+            and state.get("nested_dtype", "float32") == "float32"
             and math.isfinite(state.get("nested_offset", 0.0))
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise QuantizationError(f"{names[0]}: not a bitsandbytes state ({error!r})") from None
     if not valid:
         raise QuantizationError(f"{names[0]}: values that lorax does not read: {state}")

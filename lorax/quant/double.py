@@ -28,7 +28,7 @@ NESTED_BLOCK_SIZE = 256
 MAX_RMS_GROWTH = 1.05  # of the root mean square of the rows' relative errors
 MAX_ROW_GROWTH = 2.0  # of any one row's
 NEGLIGIBLE = 0.01  # a row that errs by less than this is fine, whatever it grew from
-CHUNK_ELEMENTS = 2**21
+CHUNK_ELEMENTS = 2**19
 
 Values = Callable[[int, int], Tensor]
 

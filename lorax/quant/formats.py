@@ -79,7 +79,7 @@ def from_state_dict(
     Raises:
         QuantizationError: a tensor is missing, of the wrong dtype or size, or of no format.
     """
-    if "SCB" in tensors:
+    if "SCB" in tensors or "weight_format" in tensors:
         return llm_int8.from_state_dict(tensors, dtype)
     if any(name.startswith(affine.STATE) for name in tensors):
         return affine.from_state_dict(tensors)

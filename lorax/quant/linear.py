@@ -58,12 +58,14 @@ class QuantizedLinear(nn.Module):
 
     x is (..., in) in the compute dtype; W is dequantized to that dtype. `state_dict` writes and
     reads the weight under the names that a checkpoint gives it, bitsandbytes' where it has the
-    format. `.to(dtype)` leaves codes and scales as they are.
+    format. `.to(dtype)` leaves codes and scales as they are. `dtype`, the
+    weight's own unless it is set, is what `dense` gives.
     """
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None):
         super().__init__()
         self.quantized = weight
+        self.dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -81,7 +83,8 @@ class QuantizedLinear(nn.Module):
     def dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The same layer with its weight dequantized, frozen."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.quantized.dequantize(dtype), requires_grad=False)
+        weight = self.quantized.dequantize(dtype or self.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias  # type: ignore[assignment]
         return linear
 

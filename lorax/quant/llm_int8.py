@@ -151,7 +151,7 @@ def from_state_dict(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Int8Te
     layout = tensors.get("weight_format", torch.zeros((), dtype=torch.uint8))
     if layout.numel() != 1 or layout.item() != 0:
         raise QuantizationError(
-            f"weight_format: {layout.tolist()}; lorax reads 0, codes by rows, "
+            f"weight_format: {layout.flatten().tolist()[:4]}; lorax reads 0, codes by rows, "
             "which bitsandbytes has written since 0.45"
         )
     scales = take(tensors, "SCB", torch.float32, codes.shape[:1])
