@@ -4,7 +4,9 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 READY := .venv/ready
 
-.PHONY: demo test quick lint bench gpu clean
+.PHONY: setup demo test quick lint bench gpu clean
+
+setup: $(READY)
 
 demo: $(READY)
 	$(BIN)/lorax demo

@@ -3,8 +3,8 @@
     python benchmarks/codebooks.py              some minutes; writes results/codebooks.{json,png}
 
 Error: mean |back - w| and RMS error relative to the weights' RMS, on a million normal numbers and
-on all quantized weights of SmolLM2-135M. Perplexity: of SmolLM2 with those weights, on the held-out
-docstrings of the demo. Scales are float32 here; the question is the codebook.
+on all quantized weights of SmolLM2-135M. Perplexity: of SmolLM2 with those weights, on 64
+held-out docstrings of the demo. Scales are float32 here; the question is the codebook.
 
 AF4 is AbnormalFloat (Yoshida 2023, arXiv:2306.06965), its values for blocks of 64. The fitted table
 is Lloyd-Max: sixteen values, -1, 0 and 1 among them, that minimize the squared error of normal
@@ -33,7 +33,8 @@ from lorax.quant.blockwise import dequantize_blockwise, quantize_blockwise
 from lorax.training.evaluate import evaluate
 
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-PERPLEXITY_BLOCK_SIZES = (16, 64, 256, 1024, 4096)
+PERPLEXITY_BLOCK_SIZES = (32, 64, 256, 1024)
+PERPLEXITY_ROWS = 64
 AF4 = (
     -1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0,
     0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0,
@@ -118,7 +119,7 @@ def main() -> None:
     tokenizer = lorax.load_tokenizer(smollm2_path())
     with tempfile.TemporaryDirectory() as folder:
         held_out = write_pairs(Path(folder))[1]
-        texts = load_examples(held_out, tokenizer, 256).rows
+        texts = load_examples(held_out, tokenizer, 256).rows[:PERPLEXITY_ROWS]
     modules = [m for n, m in model.named_modules() if quantizable(n, m)]
     weights = [m.weight.detach().clone() for m in modules]
     normal = [torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))]

@@ -30,6 +30,7 @@ app = App(
     version=__version__,
     help="LoRA and QLoRA from scratch: small enough to read, exact enough to trust.",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 out = Console()
 err = Console(stderr=True)
@@ -56,9 +57,12 @@ def main() -> None:
         line = " ".join(str(error).split("\n"))
         err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
         sys.exit(error.exit_code if isinstance(error, LoraxError) else UsageError.exit_code)
-    except KeyboardInterrupt:
-        err.print("interrupted")
+    except KeyboardInterrupt as interrupt:
+        err.print("interrupted", *interrupt.args, markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
+    except BrokenPipeError:  # the reader has seen enough
+        sys.stderr.close()
+        sys.exit(0)
 
 
 @app.command
@@ -70,7 +74,8 @@ def train(
 ) -> None:
     """Train an adapter: lorax train recipe.toml --train.learning_rate 1e-4 --data.path my.jsonl
 
-    Any key of the recipe can be given by its path, and then wins over the file.
+    Any key of the recipe can be given by its path, and then wins over the file. --dry-run prints
+    all keys with their values.
 
     Parameters
     ----------
@@ -393,7 +398,7 @@ def _open(
 ) -> tuple[Model, Tokenizer]:
     from lorax.formats.peft import open_model
 
-    return open_model(
+    model, tokenizer = open_model(
         path,
         base,
         dtype=dtype,
@@ -401,6 +406,14 @@ def _open(
         quantization=quantization,
         needs_adapter=needs_adapter,
     )
+    numbers = str(next(model.parameters()).dtype).removeprefix("torch.")
+    err.print(
+        f"base {model.name_or_path} in {numbers}, quantization {quantization or 'none asked for'}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return model, tokenizer
 
 
 def _say(text: str) -> None:

@@ -86,7 +86,7 @@ def open_model(
     """Load a model, or an adapter with its base, whichever lies at `path`; and its tokenizer.
 
     Args:
-        path: a model (directory, Hub id, .gguf) or an adapter's directory.
+        path: a model (directory, Hub id, .gguf), an adapter's directory or a run's.
         base: the base of an adapter, where its config's own entry does not lead to it.
         dtype, device, quantization: as in `load_model`.
         needs_adapter: refuse a plain model.
@@ -95,6 +95,8 @@ def open_model(
         UsageError: an adapter that names no base, a plain model with a `base`, or one where an
             adapter is needed. And all that `load_model` and `load_adapter` raise.
     """
+    if (Path(path) / "adapter" / CONFIG).is_file():  # a run's directory
+        path = str(Path(path) / "adapter")
     is_adapter = (Path(path) / CONFIG).is_file()
     if not is_adapter:
         if needs_adapter or base is not None:

@@ -39,7 +39,7 @@ from lorax.training.loss import summed_loss
 from lorax.training.metrics import Line, MetricsFile, plot_loss
 from lorax.training.optimizers import build_optimizer, paging_line, set_rates
 from lorax.training.recipe import Recipe
-from lorax.training.schedule import rate_factor, warmup_steps
+from lorax.training.schedule import rate_factor, total_steps, warmup_steps
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,10 @@ def train(recipe: Recipe | str | Path, listener: Listener | None = None) -> Run:
     metrics = _start_run(output, recipe)
     try:
         _train_steps(model, tokenizer, plan, metrics, listener)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"; metrics so far are in {output}, the adapter was not saved"
+        ) from None
     finally:
         metrics.close()
         plot_loss(metrics.lines, output / "loss.png")
@@ -118,13 +122,6 @@ def prepare(recipe: Recipe) -> tuple[Model, Tokenizer, Plan]:
     steps = total_steps(recipe, len(train_rows))
     plan = Plan(recipe, examples, train_rows, eval_rows, steps, *count_parameters(model))
     return model, tokenizer, plan
-
-
-def total_steps(recipe: Recipe, rows: int) -> int:
-    """How many optimizer steps the recipe takes over this many rows."""
-    if recipe.train.max_steps is not None:
-        return recipe.train.max_steps
-    return math.ceil(recipe.train.epochs * math.ceil(rows / recipe.train.batch_size))
 
 
 def _train_steps(

@@ -1,6 +1,20 @@
-"""The learning rate of each optimizer step, as transformers' schedulers of these names give it."""
+"""The learning rate of each optimizer step.
+
+From the end of the warm-up on, transformers' schedulers of these names give the same. Its warm-up
+begins at zero, so that the first step changes nothing, and a run of one step is no run; here the
+line begins one step earlier.
+"""
 
 import math
+
+from lorax.training.recipe import Recipe
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    """How many optimizer steps the recipe takes over this many rows."""
+    if recipe.train.max_steps is not None:
+        return recipe.train.max_steps
+    return math.ceil(recipe.train.epochs * math.ceil(rows / recipe.train.batch_size))
 
 
 def warmup_steps(total: int, ratio: float) -> int:
@@ -9,12 +23,9 @@ def warmup_steps(total: int, ratio: float) -> int:
 
 
 def rate_factor(kind: str, step: int, total: int, warmup: int) -> float:
-    """The share of the peak rate at `step` (from 0): up a line, then constant, a line or a cosine.
-
-    The first step of a warm-up has rate 0, as in transformers.
-    """
+    """The share of the peak rate at `step` (from 0): a line up, then constant, line or cosine."""
     if step < warmup:
-        return step / max(1, warmup)
+        return (step + 1) / (warmup + 1)
     if kind == "constant":
         return 1.0
     if kind == "linear":
