@@ -291,7 +291,8 @@ def test_the_plan_says_what_it_would_do(tmp_path):
     assert "2 rows, kind: text" in plan
     assert "10 rows in 3 micro-batches of at most 4" in plan
     assert 'output_dir = "runs/first"' in plan
-    assert "not here yet" in describe(build(data__path=str(tmp_path / "none.jsonl")))
+    assert "1 optimizer steps" in plan
+    assert "is not here: rows" in describe(build(data__path=str(tmp_path / "none.jsonl")))
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
