@@ -138,6 +138,7 @@ def test_r3_any_chunking_gives_the_same_bits(n, seed, block_size, blocks_a_chunk
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "CHUNK_ELEMENTS", blocks_a_chunk * block_size)
         patch.setattr("lorax.quant.nf4.CHUNK_ELEMENTS", blocks_a_chunk * block_size)
+        patch.setattr("lorax.quant.nf4.DECODE_ELEMENTS", blocks_a_chunk * block_size)
         parts = lorax.quantize(x, "nf4-dq", block_size)
         assert torch.equal(parts.dequantize(), out)
     for one, other in zip(whole.tensors(), parts.tensors(), strict=True):
