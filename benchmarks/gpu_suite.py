@@ -108,6 +108,7 @@ def run_tests() -> dict[str, Any]:
     files = sorted((ROOT / "tests").glob("test_kernels_*.py"))
     compiled = [str(file) for file in files if file.stem == "test_kernels_compiled"]
     others = [str(file) for file in files if file.stem != "test_kernels_compiled"]
+    others.append(str(ROOT / "tests" / "test_optim_gpu.py"))
     command = [sys.executable, "-m", "pytest"]
     listing = subprocess.run(
         [*command, *others, "--collect-only", "-q", "-o", "addopts="],

@@ -1,5 +1,6 @@
 """Layers, adapter and loss through the Triton operators, as on CUDA, against the plain way."""
 
+import kernel_testing  # noqa: F401  first: it makes lorax.kernels importable on a bare machine
 import pytest
 import torch
 from torch import nn
