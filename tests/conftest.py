@@ -30,12 +30,26 @@ else:
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+# `make quick` leaves these files out: each takes ten seconds or more.
+SLOW_FILES = (
+    "test_bitsandbytes_checkpoints",
+    "test_cli",
+    "test_configs_and_readme",
+    "test_hostile_files",
+    "test_kernels_",
+    "test_models",
+    "test_optim_",
+    "test_quant_against_bitsandbytes",
+    "test_training_against_peft",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, and counted, where there is no CUDA device."""
-    if torch.cuda.is_available():
-        return
+    """Mark the slow files; skip, and count, gpu tests where there is no CUDA device."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.path.stem.startswith(SLOW_FILES):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
