@@ -173,14 +173,18 @@ def evaluate(
     model, tokenizer = _open(path, base, dtype, device, quantization)
     examples = load_examples(data, tokenizer, max_length)
     result: dict[str, Any] = measure(model, examples.rows, micro_batch_size, tokenizer.pad_token_id)
+    numbers = str(next(model.parameters()).dtype).removeprefix("torch.")
     result |= {"rows": len(examples), "tokens": sum(row.tokens for row in examples.rows)}
+    result |= {"base": model.name_or_path, "dtype": numbers, "quantization": quantization}
     if json:
         _print_json(result)
     else:
         out.print(
             f"loss {result['eval_loss']:.4f} nats   perplexity {result['eval_perplexity']:.3f}   "
-            f"({result['tokens']} tokens in {result['rows']} rows)",
+            f"({result['tokens']} tokens in {result['rows']} rows; base {model.name_or_path} in "
+            f"{numbers}, {quantization or 'not quantized by this command'})",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -398,7 +402,7 @@ def _open(
 ) -> tuple[Model, Tokenizer]:
     from lorax.formats.peft import open_model
 
-    model, tokenizer = open_model(
+    return open_model(
         path,
         base,
         dtype=dtype,
@@ -406,14 +410,6 @@ def _open(
         quantization=quantization,
         needs_adapter=needs_adapter,
     )
-    numbers = str(next(model.parameters()).dtype).removeprefix("torch.")
-    err.print(
-        f"base {model.name_or_path} in {numbers}, quantization {quantization or 'none asked for'}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    return model, tokenizer
 
 
 def _say(text: str) -> None:
