@@ -1,7 +1,10 @@
 """A training step of SmolLM2-135M, lorax against PEFT + transformers (+ bitsandbytes), on a CPU.
 
     python benchmarks/training_step.py                      all eight cases, some ten minutes
-    python benchmarks/training_step.py --case "qlora bfloat16 4x128"
+    python benchmarks/training_step.py --case "qlora bfloat16 4x128"    one, or more, of them
+
+The results file keeps each case with the machine, the commit and the steps it was measured with,
+and a run replaces the cases that it measures.
 
 A step is what a training loop does: forward, loss over all tokens, backward, clipping, AdamW
 (fused, on both sides). LoRA with r = 16 on every Linear; QLoRA over NF4 with double quantization.
@@ -12,6 +15,7 @@ head, dense, in the same dtype.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -120,22 +124,30 @@ def measure(case: str, folder: str, steps: int) -> dict[str, float]:
     }
 
 
+def keep(case: str, result: dict[str, float], steps: int) -> None:
+    """Put a case into the results file, in the cases' order."""
+    path = sides.RESULTS / "training_step-cpu.json"
+    cases = json.loads(path.read_text())["cases"] if path.is_file() else {}
+    cases[case] = {**result, "steps": steps, "machine": sides.machine(*PACKAGES)}
+    sides.write_results("training_step-cpu", {"cases": {c: cases[c] for c in CASES if c in cases}})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", choices=CASES)
+    parser.add_argument("--case", choices=CASES, action="append")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        sides.serve(SIDES[options.side](*options.case.split(), options.folder))
+        sides.serve(SIDES[options.side](*options.case[0].split(), options.folder))
         return
-    results = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(Path(temporary) / "smollm2")
         lorax.save_model(lorax.load_model(smollm2_path()), folder)
-        for case in [options.case] if options.case else CASES:
-            results[case] = r = measure(case, folder, options.steps)
+        for case in options.case or CASES:
+            r = measure(case, folder, options.steps)
+            keep(case, r, options.steps)
             print(
                 f"{case:24} lorax {r['lorax_seconds']:.2f} s  PEFT {r['peft_seconds']:.2f} s  "
                 f"{r['times_as_fast']:.2f} times as fast  {r['times_the_floor']:.2f} times the "
@@ -143,9 +155,6 @@ def main() -> None:
                 f"{r['peft_peak_bytes'] / 1e9:.2f} GB",
                 flush=True,
             )
-    if not options.case:
-        content = {"machine": sides.machine(*PACKAGES), "steps": options.steps, "cases": results}
-        print(sides.write_results("training_step-cpu", content))
 
 
 if __name__ == "__main__":
