@@ -7,9 +7,9 @@ The results file keeps each case with the machine, the commit and the steps it w
 and a run replaces the cases that it measures.
 
 A step is what a training loop does: forward, loss over all tokens, backward, clipping, AdamW
-(fused, on both sides). LoRA with r = 16 on every Linear; QLoRA over NF4 with double quantization.
-The floor is the time of the frozen matrix products alone: x W^T and dy W of every Linear and of the
-head, dense, in the same dtype.
+(torch's fused one, on both sides). LoRA with r = 16 on every Linear; QLoRA over NF4 with double
+quantization. The floor is the time of the frozen matrix products alone: x W^T and dy W of every
+Linear and of the head, dense, in the same dtype.
 """
 
 from __future__ import annotations
