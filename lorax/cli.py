@@ -319,8 +319,10 @@ def quantize(
         The copy's directory; must be missing or empty. The tokenizer's files come along.
     """
     from lorax.formats.quantize_model import quantize_model
+    from lorax.heap import give_memory_back
     from lorax.progress import TensorProgress
 
+    give_memory_back()
     with TensorProgress(err if json else out) as progress:
         result = quantize_model(
             model,
