@@ -10,8 +10,8 @@ import pytest
 import lorax
 
 # glibc's heap keeps freed memory by a rule that moves while a program runs: the same load took from
-# 135 to 189 MB in ten runs. With the threshold fixed, what is freed goes back, and the mark shows what
-# the load holds (128 to 142 MB).
+# 135 to 189 MB in ten runs. With the threshold fixed, what is freed goes back, and the mark shows
+# what the load holds (127 to 142 MB).
 PLAIN_HEAP = {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
 
 # The high-water mark of resident memory before and behind the load. (ru_maxrss would begin with the
