@@ -224,7 +224,7 @@ def merge(
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
 
-inspect = App(name="inspect", help="Look into a model: lorax inspect quantization MODEL")
+inspect = App(name="inspect", help="Look into a model or adapter: lorax inspect adapter PATH")
 app.command(inspect)
 
 
@@ -293,6 +293,38 @@ def inspect_quantization(
             )
     if plot is not None:
         _say(f"picture  {plot}")
+
+
+@inspect.command(name="adapter")
+def inspect_adapter(
+    path: Path,
+    /,
+    *,
+    against: Annotated[Path | None, Parameter(help="Another adapter of the same base.")] = None,
+    json: Json = False,
+) -> None:
+    """How large an adapter's change is, layer by layer, and the angle to another adapter.
+
+    Parameters
+    ----------
+    path
+        A PEFT LoRA directory; no base model is needed.
+    """
+    from lorax.verify import adapter as report
+
+    found = report.inspect_adapter(path, against)
+    if json:
+        print(report.to_json(found))
+        return
+    columns = ["layer", "r", "Frobenius", "spectral", "effective rank"]
+    table = Table(*columns, *(["cosine", "angle"] if against is not None else []))
+    for size in found:
+        row = [size.layer, str(size.rank), f"{size.frobenius:.4g}", f"{size.spectral:.4g}"]
+        row.append(f"{size.effective_rank:.2f}")
+        if size.angle is not None:
+            row += [f"{size.cosine:.4f}", f"{size.angle:.2f} deg"]
+        table.add_row(*row)
+    out.print(table)
 
 
 @app.command
