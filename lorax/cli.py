@@ -316,13 +316,14 @@ def inspect_adapter(
     if json:
         print(report.to_json(found))
         return
-    columns = ["layer", "r", "Frobenius", "spectral", "effective rank"]
-    table = Table(*columns, *(["cosine", "angle"] if against is not None else []))
+    columns = ["layer", "r", "Frobenius", "spectral", "eff. rank"]
+    columns += ["degrees"] if against is not None else []
+    table = Table(*columns, box=None)  # room for long paths
     for size in found:
         row = [size.layer, str(size.rank), f"{size.frobenius:.4g}", f"{size.spectral:.4g}"]
         row.append(f"{size.effective_rank:.2f}")
         if size.angle is not None:
-            row += [f"{size.cosine:.4f}", f"{size.angle:.2f} deg"]
+            row.append(f"{size.angle:.2f}")
         table.add_row(*row)
     out.print(table)
 
