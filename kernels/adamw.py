@@ -173,7 +173,7 @@ def _tables(
     """
     device = tensors[0][0].device
     sizes = [p.numel() for p in tensors[0]]
-    programs = [triton.cdiv(size, tile) for size in sizes]
+    programs = [-(-size // tile) for size in sizes]  # triton.cdiv takes 10 us a call
     firsts = list(accumulate(programs, initial=0))[:-1]
     owner = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
     columns = [[tensor.data_ptr() for tensor in column] for column in tensors]

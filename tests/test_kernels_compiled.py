@@ -135,6 +135,8 @@ def test_no_multiplication_is_fused_with_an_addition_where_bits_count(rows):
     exact = on(rows, "dequantize") + on(rows, "quantize")
     assert all(row["fused_multiply_adds"] == 0 for row in on(rows, "dequantize"))
     assert all(row["mul_add_ptx"] == 0 for row in exact)
+    for row in on(rows, "AdamW"):  # lerp and addcmul, asked for: two for each value of a thread
+        assert row["mul_add_ptx"] == {"_adamw_kernel": 16, "_adamw_8bit_kernel": 8}[row["kernel"]]
     (control,) = on(rows, "control: contracted")
     assert control["fused_multiply_adds"] > 0
 

@@ -7,6 +7,7 @@ import copy
 import ctypes
 import statistics
 
+import kernel_testing  # noqa: F401  first: it makes lorax.kernels importable on a bare machine
 import pytest
 import torch
 from torch import nn

@@ -1,5 +1,6 @@
-"""benchmarks/gpu_suite.py as far as it goes without a GPU: what it would time, and its tables."""
+"""The benchmarks of optimizers on a CPU, and gpu_suite.py as far as it goes without a GPU."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,14 +15,17 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 ROWS = {"lorax AdamW", "lorax AdamW8bit", "lorax PagedAdamW", "lorax PagedAdamW8bit"}
 
 
-@pytest.fixture(scope="module")
-def suite():
+def benchmark(name):
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        import gpu_suite
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCHMARKS))
-    return gpu_suite
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return benchmark("gpu_suite")
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +117,29 @@ def test_the_gpu_tests_are_collected_with_the_kernels(suite):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "test_step_times_for_450_lora_tensors" in done.stdout
+
+
+def test_the_cpu_benchmark_has_all_four_in_one_run(monkeypatch):
+    """benchmarks/optimizers.py: refuses to time what is not bit-equal; then bytes and times."""
+    optimizers = benchmark("optimizers")
+    monkeypatch.setattr(optimizers, "LAYERS", 1)
+    optimizers.check_bits(steps=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = {row["name"]: row for row in optimizers.measure(rounds=1)}
+    assert set(rows) >= ROWS | {"torch AdamW foreach=False", "torch AdamW fused=True"}
+    assert all(row["milliseconds"] > 0 for row in rows.values())
+    for name in ("lorax AdamW", "lorax PagedAdamW"):
+        assert rows[name]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
+    for name in ("lorax AdamW8bit", "lorax PagedAdamW8bit"):
+        assert 2.03 < rows[name]["state_bytes_per_parameter"] < 2.3
+
+    class Off(optimizers.AdamW):
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                self.param_groups[0]["params"][0] += 1e-3
+
+    monkeypatch.setattr(optimizers, "AdamW", Off)
+    with pytest.raises(SystemExit, match="not bit-equal to torch: nothing is timed"):
+        optimizers.check_bits(steps=1)
