@@ -342,7 +342,7 @@ def optimizer_row(
     name: str, optimizer: Any, times: list[tuple[float, float]], parameters: int
 ) -> dict[str, Any]:
     steps, settled = zip(*times, strict=True)
-    fifths = quantiles(steps, n=5)
+    fifths = quantiles(steps, n=5, method="inclusive")
     if hasattr(optimizer, "state_bytes"):
         held = optimizer.state_bytes()
     else:  # without the maps that bitsandbytes shares between its tensors
