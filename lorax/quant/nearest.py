@@ -15,10 +15,10 @@ a carry. For y > 0, with `lowest` the code at the cell's lower end and b the bou
     code(y)     = (entry[cell] + lower bits of y) >> 16
 
 A negative number's lower bits count downwards, so they are inverted there. One look-up and a few
-vectorized integer operations give what the search gives, bit for bit: a tie goes to the lower entry,
-NaN to the last. Of the table (256 KiB) values in [-1, 1] touch some 30 KiB. A codebook whose entries
-stand in another order (FP4's: that of its bits) is searched in ascending order, and the place found
-there is translated.
+vectorized integer operations give what the search gives, bit for bit: a tie goes to the lower
+entry, NaN to the last. Of the table (256 KiB) values in [-1, 1] touch some 30 KiB. A codebook whose
+entries stand in another order (FP4's: that of its bits) is searched in ascending order, and the
+place found there is translated.
 """
 
 from __future__ import annotations
