@@ -342,13 +342,15 @@ def quantize(
     output: Path,
     /,
     *,
-    format: Annotated[str, Parameter(help="nf4, nf4-dq, fp4 or fp4-dq.")] = "nf4-dq",
-    block_size: Annotated[int, Parameter(help="Values that share a scale: 32 to 4096.")] = 64,
+    format: Annotated[str, Parameter(help="nf4, nf4-dq, fp4, fp4-dq or int8.")] = "nf4-dq",
+    block_size: Annotated[
+        int | None, Parameter(help="Values that share a scale: 32 to 4096, by default 64.")
+    ] = None,
     dtype: Dtype = "auto",
     max_shard_bytes: Annotated[Positive, Parameter(help="The largest file.")] = 5 * 10**9,
     json: Json = False,
 ) -> None:
-    """Write a 4-bit copy of a model that lorax and transformers + bitsandbytes open.
+    """Write a copy of a model in 4 or 8 bits that lorax and transformers + bitsandbytes open.
 
     Tensor by tensor, in memory of about one output file.
 
@@ -360,8 +362,10 @@ def quantize(
         The copy's directory; must be missing or empty. The tokenizer's files come along.
     """
     from lorax.formats.quantize_model import quantize_model
+    from lorax.heap import give_memory_back
     from lorax.progress import TensorProgress
 
+    give_memory_back()
     with TensorProgress(err if json else out) as progress:
         result = quantize_model(
             model,

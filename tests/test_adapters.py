@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import lorax
 from lorax.adapters.inject import adapter_layers, count_parameters
 from lorax.adapters.lora import LoRALinear
-from lorax.adapters.merge import merged_linear
+from lorax.adapters.merge import merged_layer
 from lorax.errors import AdapterError, UsageError
 from lorax.formats.model_config import new_model, read_config
 from lorax.quant.linear import QuantizedLinear
@@ -65,7 +65,7 @@ def test_merge_equivalence(sizes, r, alpha, dtype, base, bias, seed):
     layer = LoRALinear(linear, r, alpha / r)
     layer.lora_A.data.normal_()
     layer.lora_B.data.normal_()
-    merged, _ = merged_linear(layer)
+    merged, _ = merged_layer(layer)
     assert merged.weight.dtype == dtype
 
     W = layer.dense_base().weight.double()
@@ -92,7 +92,7 @@ def test_merged_and_unmerged_layers_give_the_same(r, alpha, rslora, seed):
     layer.lora_B.data.normal_(std=0.2)
     x = torch.randn(3, 7, 40)
     with torch.no_grad():
-        assert relative_rms(merged_linear(layer)[0](x), layer(x)) <= 2e-6
+        assert relative_rms(merged_layer(layer)[0](x), layer(x)) <= 2e-6
 
 
 # --- merging whole models ----------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_a_refused_config_leaves_the_model_as_it_was(config, word, model):
         ({"r": 2.5}, "r is 2.5; expected a whole number"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan; expected a finite"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
-        ({"bias": "all"}, "bias is 'all'"),
+        ({"bias": "all"}, "bias = 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"target_modules": "(q_proj"}, "no regular expression"),
         ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\] is -1"),

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lorax.errors import AdapterError
 
@@ -27,18 +27,22 @@ NOT_COVERED: dict[str, Any] = {
     "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
-    "loftq_config": {},
-    "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
-    "modules_to_save": None,
     "monteclora_config": None,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
+}
+# Fields of LoRAConfig whose feature is being built: refused at any other value.
+_NOT_BUILT: dict[str, Any] = {
+    "bias": "none",
+    "loftq_config": {},
+    "lora_bias": False,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "use_dora": False,
 }
 # Keys that say nothing about the result.
 DESCRIPTIVE = {
@@ -65,12 +69,18 @@ class LoRAConfig:
     exclude_modules: names or one regular expression that are left out.
     lora_dropout: the share of the inputs that the path does not see while training.
     fan_in_fan_out: said of GPT-2's Conv1D; lorax sees to it itself and only keeps the word.
-    bias: "none".
+    bias: which of the model's own biases are trained: "none", "lora_only" (of the adapted layers)
+        or "all".
+    lora_bias: B has a bias of its own.
     init_lora_weights: True (A kaiming-uniform, B zero), "gaussian" (A ~ N(0, 1/r)), or False
         (both random: the adapter changes the model from the start).
     layers_to_transform: only these layers, by number; with target_modules as names only.
     layers_pattern: the word before the number, where the paths have several.
     rank_pattern, alpha_pattern: {path's end or expression: value} for single layers.
+    use_dora: magnitude and direction trained apart (Liu et al., arXiv:2402.09353).
+    modules_to_save: names of modules that are trained as a whole, in a copy.
+    trainable_token_indices: rows of the embedding that are trained, for the embedding or by name.
+    loftq_config: {"loftq_bits": 4, "loftq_iter": N}, with init_lora_weights = "loftq".
 
     Raises:
         AdapterError: a value that is impossible or not covered.
@@ -89,6 +99,13 @@ class LoRAConfig:
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+
+    peft_type: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
         for key in ("target_modules", "exclude_modules"):
@@ -103,8 +120,10 @@ class LoRAConfig:
             _check_alpha(f"alpha_pattern[{name!r}]", alpha)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise AdapterError(f"lora_dropout is {self.lora_dropout}; expected 0 <= p < 1")
-        if self.bias != "none":
-            raise AdapterError(f"bias is {self.bias!r}; lorax covers bias = 'none'")
+        for key, rest in _NOT_BUILT.items():
+            if getattr(self, key) != rest:
+                value = getattr(self, key)
+                raise AdapterError(f"{key} = {value!r} is not covered by lorax; only {rest!r} is")
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise AdapterError(
                 f"init_lora_weights is {self.init_lora_weights!r}; "

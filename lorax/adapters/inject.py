@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorax.adapters.config import DEFAULT_TARGETS, LoRAConfig
+from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.errors import AdapterError
 from lorax.models.gpt2 import GPT2
@@ -30,18 +31,23 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, base in targets.items():
-        layer = LoRALinear(base, config.rank(name), config.scaling(name), config.lora_dropout)
+        layer = _layer(name, base, config)
         layer.initialize(config.init_lora_weights)
         replace_module(model, name, layer.train(model.training))
     model.adapter_config = config  # type: ignore[assignment]
 
 
-def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def _layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
+    """The variant that the config asks for, around the module of that path."""
+    return LoRALinear(base, config.rank(name), config.scaling(name), config.lora_dropout)
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapted layers by their paths."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdapterLayer)}
 
 
-def require_adapter(model: nn.Module) -> dict[str, LoRALinear]:
+def require_adapter(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapted layers, of which there must be some."""
     layers = adapter_layers(model)
     if not layers:

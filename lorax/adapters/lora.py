@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorax.adapters.layer import AdapterLayer
 from lorax.quant import ops
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.nf4 import FourBitTensor
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdapterLayer):
     """A frozen Linear with a trainable low-rank path.
 
     Args:
@@ -32,24 +33,17 @@ class LoRALinear(nn.Module):
         r: the rank.
         scaling: what the path is multiplied by.
         dropout: the probability with which the path's inputs are zeroed in training mode.
-
-    `merged`, where it is set, is the base and the path in one dense Linear; the base itself is
-    never written to, so that taking `merged` away again gives it back bit for bit.
     """
 
     def __init__(self, base: nn.Module, r: int, scaling: float, dropout: float = 0.0):
-        super().__init__()
-        self.base_layer = base
+        super().__init__(base)
         self.in_features = int(base.in_features)  # type: ignore[arg-type]
         self.out_features = int(base.out_features)  # type: ignore[arg-type]
         self.r = r
         self.scaling = scaling
         self.dropout = dropout
-        device = _device(base)
-        self.lora_A = nn.Parameter(torch.zeros(r, self.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
-        self.merged: nn.Linear | None = None
-        self.enabled = True
+        self.lora_A = nn.Parameter(torch.zeros(r, self.in_features, device=self.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=self.device))
 
     def initialize(self, how: bool | str) -> None:
         """Draw A and B from torch's global generator; see `LoRAConfig.init_lora_weights`."""
@@ -63,12 +57,8 @@ class LoRALinear(nn.Module):
         else:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if not self.enabled:
-            return self.base_layer(x)
-        if self.merged is not None:
-            return self.merged(x)
         if self._is_fused(x):
             return self._fused(x)
         y = self.base_layer(x)
@@ -92,23 +82,18 @@ class LoRALinear(nn.Module):
         weight = base.quantized.operands()
         return ops.lora_linear_4bit(x, self.lora_A, self.lora_B, self.scaling, base.bias, *weight)
 
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """A and B."""
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
     def delta(self) -> Tensor:
         """What the path adds to the weight: scaling * B A, (out, in) float32."""
         return (self.lora_B.detach() @ self.lora_A.detach()).mul_(self.scaling)
 
-    def dense_base(self) -> nn.Linear:
-        """The base as a plain Linear: itself, or dequantized."""
-        if isinstance(self.base_layer, QuantizedLinear):
-            return self.base_layer.dense()
-        assert isinstance(self.base_layer, nn.Linear)
-        return self.base_layer
+    def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W + scaling * B A, (out, in)."""
+        return self.base_weight().to(dtype) + self.delta().to(dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
         return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
-
-
-def _device(base: nn.Module) -> torch.device:
-    if isinstance(base, QuantizedLinear):
-        return base.quantized.device
-    return next(base.parameters()).device

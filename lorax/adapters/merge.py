@@ -11,6 +11,7 @@ The base is never written to. Merging sets a dense Linear beside it; unmerging t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from lorax.adapters.inject import replace_module, require_adapter
-from lorax.adapters.lora import LoRALinear
+from lorax.adapters.layer import AdapterLayer
 from lorax.errors import AdapterError
 
 
@@ -59,10 +60,11 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     layers = require_adapter(model)
     if any(layer.merged is not None for layer in layers.values()):
         raise AdapterError("the adapter is merged already")
-    errors = {}
+    merged = {name: merged_layer(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.merged, errors[name] = merged_linear(layer)
-    return MergeReport(errors, next(iter(layers.values())).merged.weight.dtype)  # type: ignore[union-attr]
+        layer.merged = merged[name][0]
+    dtype = next(iter(layers.values())).base_weight().dtype
+    return MergeReport({name: error for name, (_, error) in merged.items()}, dtype)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -90,7 +92,7 @@ def unload_adapter(model: nn.Module, merge: bool = False) -> MergeReport | None:
     for name, layer in layers.items():
         module = layer.base_layer
         if merge:
-            merged, errors[name] = merged_linear(layer)
+            merged, errors[name] = merged_layer(layer)
             module = merged.train(layer.training)
         replace_module(model, name, module)
     del model.adapter_config
@@ -103,19 +105,23 @@ def unload_adapter(model: nn.Module, merge: bool = False) -> MergeReport | None:
     return MergeReport(errors, last.dtype)
 
 
-def merged_linear(layer: LoRALinear) -> tuple[nn.Linear, float]:
-    """The layer as one dense, frozen Linear, and the share of the adapter lost to rounding."""
+def merged_layer(layer: AdapterLayer) -> tuple[nn.Module, float]:
+    """The layer as one dense, frozen module, and the share of the adapter lost to rounding."""
     base = layer.dense_base()
-    delta = layer.delta()  # (out, in) float32
-    exact = base.weight.detach().float() + delta
-    weight = exact.to(base.weight.dtype)
-    size = delta.norm().item()
-    # The exact sum itself is held in float32, so for a float32 base the loss is that of one
+    assert isinstance(base.weight, torch.Tensor)
+    before = base.weight.detach()
+    exact = layer.effective_weight()
+    weight = exact.to(before.dtype)
+    # The exact weight itself is held in float32, so for a float32 base the loss is that of one
     # addition; it is measured against float64 there.
-    if base.weight.dtype == torch.float32:
-        exact = base.weight.detach().double() + delta.double()
+    if before.dtype == torch.float32:
+        exact = layer.effective_weight(torch.float64)
+    size = (exact - before.to(exact.dtype)).norm().item()
     lost = (weight.to(exact.dtype) - exact).norm().item()
-    merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    merged = copy.copy(base)
+    merged._parameters = dict(base._parameters)
     merged.weight = nn.Parameter(weight, requires_grad=False)
-    merged.bias = base.bias
+    bias = layer.effective_bias()
+    if bias is not None:
+        merged.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return merged.eval(), lost / size if size else 0.0

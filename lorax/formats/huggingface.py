@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorax.adapters.inject import replace_module
-from lorax.adapters.lora import LoRALinear
+from lorax.adapters.layer import AdapterLayer
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import (
     EnvironmentProblem,
@@ -188,7 +188,7 @@ def save_model(
         EnvironmentProblem: the disk is full or refuses; nothing is left behind.
     """
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdapterLayer):
             raise UsageError(
                 f"{name} carries an adapter: unload_adapter(model, merge=True) first, "
                 "or save_adapter for the adapter alone"

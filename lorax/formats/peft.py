@@ -146,8 +146,8 @@ def load_adapter(
             parameter.requires_grad_(wanted)
         raise
     for layer in adapter_layers(model).values():
-        layer.lora_A.requires_grad_(trainable)
-        layer.lora_B.requires_grad_(trainable)
+        for tensor in layer.tensors().values():
+            tensor.requires_grad_(trainable)
     return config
 
 
@@ -176,8 +176,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names."""
     tensors = {}
     for name, layer in require_adapter(model).items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+        for below, tensor in layer.tensors().items():
+            tensors[f"{_PREFIX}{name}.{below}"] = tensor.detach()
     return tensors
 
 
@@ -214,7 +214,7 @@ def _without_base_copies(
         copy = rest.pop(f"{_PREFIX}{name}.base_layer.weight", None)
         if copy is None:
             continue
-        weight = layer.dense_base().weight
+        weight = layer.base_weight()
         if copy.shape != weight.shape or not torch.equal(copy.to(weight), weight):
             raise AdapterError(
                 f"{where}: {name}.base_layer.weight differs from the model's; "
@@ -233,7 +233,7 @@ def _peft_config(model: nn.Module, config: LoRAConfig, base: str | None) -> dict
         "fan_in_fan_out": isinstance(model, GPT2),
         "inference_mode": True,
         "megatron_core": "megatron.core",
-        "peft_type": "LORA",
+        "peft_type": config.peft_type,
         "peft_version": PEFT_VERSION,
         "qalora_group_size": 16,
         "revision": None,
@@ -257,13 +257,19 @@ def _check_types(values: dict[str, Any], file: Path) -> None:
         "bias": str,
         "layers_to_transform": list | int | None,
         "layers_pattern": names,
+        "use_dora": bool,
+        "lora_bias": bool,
+        "modules_to_save": list | None,
+        "trainable_token_indices": list | dict | None,
+        "loftq_config": dict | None,
     }
     for key, kind in kinds.items():
         if key in values and not isinstance(values[key], kind):
             raise FormatError(f"{file}: {key} = {values[key]!r} has the wrong type")
         if isinstance(values.get(key), list):
-            inner = int if key == "layers_to_transform" else str
+            numbers = ("layers_to_transform", "trainable_token_indices")
+            inner = int if key in numbers else str
             if not all(isinstance(item, inner) for item in values[key]):
                 raise FormatError(f"{file}: {key} = {values[key]!r} has an entry of the wrong type")
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in ("rank_pattern", "alpha_pattern", "loftq_config"):
         values[key] = values.get(key) or {}
