@@ -346,7 +346,11 @@ def test_damaged_files_are_refused_by_name(fault, saved):
 
 
 def inspect(*arguments):
-    command = [sys.executable, "-m", "lorax", "inspect", "adapter", *map(str, arguments)]
+    return run("inspect", "adapter", *arguments)
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "lorax", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -372,3 +376,18 @@ def test_the_command(saved, tmp_path):
     refused = inspect(one, "--against", other)
     assert refused.returncode == 4
     assert "no module in common" in refused.stderr
+
+
+def test_the_command_that_adds(saved, tmp_path):
+    config = {"target_modules": ["q_proj"], "r": 4}
+    one, two = saved(llama(), config, config)
+    total = ["adapter", "add", one, two, "--weights", 0.5, -0.25, "--output"]
+    assert run(*total, tmp_path / "sum").returncode == 0
+    expected = 0.5 * lorax.read_adapter(one) - 0.25 * lorax.read_adapter(two)
+    assert (lorax.read_adapter(tmp_path / "sum") - expected).norm() <= 1e-6 * expected.norm()
+    short = run(*total, tmp_path / "short", "--rank", 2)
+    assert "lost" in short.stdout
+    assert {layer.rank for layer in lorax.read_adapter(tmp_path / "short").layers.values()} == {2}
+    assert run(*total, tmp_path / "sum").returncode == 2  # there is something already
+    assert run("adapter", "add", one, "--weights", 1, 2, "--output", tmp_path / "x").returncode == 2
+    assert not (tmp_path / "x").exists()

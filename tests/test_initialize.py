@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorax
-from lorax.adapters.inject import adapter_layers
+from lorax.adapters.inject import adapter_layers, count_parameters
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.merge import merged_layer
 from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
@@ -701,11 +701,12 @@ def test_loftq_gives_the_original_back(dtype, opened):
 
 def test_loftq_s_memory():
     """Beside the base: 4.5 bits a weight, and the factors."""
-    base = nn.Linear(256, 128, bias=False, dtype=torch.bfloat16)
+    base = nn.Linear(256, 128, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     layer = LoftQLinear(base, 4, 1.0, iterations=1)
     layer.initialize("loftq")
     assert layer.quantized.quantized.nbytes == 256 * 128 * 4.5 / 8
     assert layer.quantized.bias is None
+    assert count_parameters(layer) == (4 * (256 + 128), 256 * 128 + 4 * (256 + 128))
 
 
 def test_loftq_s_base_by_itself(opened, tmp_path):

@@ -108,9 +108,14 @@ def disabled_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a quantized weight counts as many as it has values."""
+    """(trainable, all) parameters; a quantized weight counts as many as it has values.
+
+    LoftQ's quantized copies stand for parameters that are counted already.
+    """
     plain = list(model.parameters())
-    quantized = [m.quantized for m in model.modules() if isinstance(m, QuantizedLinear)]
+    copies = [m.quantized for m in model.modules() if isinstance(m, LoftQLinear)]
+    bases = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m not in copies]
+    quantized = [base.quantized for base in bases]
     everything = sum(p.numel() for p in plain) + sum(q.shape.numel() for q in quantized)
     return sum(p.numel() for p in plain if p.requires_grad), everything
 

@@ -7,6 +7,7 @@ its start out of the base (PiSSA, OLoRA), quantizes it (LoftQ) or scales it (DoR
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lorax.adapters.algebra import Adapter, LowRank, check_low_rank
 from lorax.adapters.config import LoRAConfig
-from lorax.errors import AdapterError, FormatError
+from lorax.errors import AdapterError, FormatError, UsageError
 from lorax.formats.peft import (
     _PREFIX,
     CONFIG,
@@ -68,6 +69,22 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         tensors[_PREFIX + name + _A] = layer.A.float().contiguous()
         tensors[_PREFIX + name + _B] = layer.B.float().contiguous()
     write_peft_directory(path, adapter.plain_config(), tensors, adapter.base)
+
+
+def weighted_sum(paths: Sequence[str | os.PathLike[str]], weights: Sequence[float]) -> Adapter:
+    """The sum of adapters' directories, each times its weight (1 where none are given); exact.
+
+    Raises:
+        UsageError: no directory, or not as many weights as directories.
+        AdapterError, FormatError: as `read_adapter`; or shapes that do not fit.
+    """
+    weights = list(weights) or [1.0] * len(paths)
+    if not paths or len(weights) != len(paths):
+        raise UsageError(f"{len(paths)} adapters and {len(weights)} weights; expected one for each")
+    first, *others = (
+        weight * read_adapter(path) for path, weight in zip(paths, weights, strict=True)
+    )
+    return sum(others, first)
 
 
 def _check_by_itself(config: LoRAConfig, where: str) -> None:
