@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,15 @@ class QuantizedFiles:
     def names(self) -> list[str]:
         """All tensors' names but the companions'."""
         return [name for name in self._files.names if not _COMPANION.fullmatch(name)]
+
+    @property
+    def home(self) -> dict[str, Path]:
+        """Each tensor's file."""
+        return self._files.home
+
+    def parts(self, name: str) -> dict[str, str]:
+        """The companions of a quantized weight: part ("weight.absmax", ...) -> tensor's name."""
+        return self._companions.get(name, {})
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored."""
