@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,11 +90,6 @@ class QuantizedFiles:
     def names(self) -> list[str]:
         """All tensors' names but the companions'."""
         return [name for name in self._files.names if not _COMPANION.fullmatch(name)]
-
-    @property
-    def home(self) -> dict[str, Path]:
-        """Each tensor's file."""
-        return self._files.home
 
     def parts(self, name: str) -> dict[str, str]:
         """The companions of a quantized weight: part ("weight.absmax", ...) -> tensor's name."""

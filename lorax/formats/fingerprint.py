@@ -38,9 +38,8 @@ from lorax import __version__
 from lorax.errors import AdapterError, FormatError, LoraxError
 from lorax.formats.bitsandbytes import QuantizedFiles
 from lorax.formats.gguf_files import GGUFFile
-from lorax.formats.huggingface import ModelFiles, open_model_files
+from lorax.formats.huggingface import ModelFiles, find_model, open_model_files
 from lorax.formats.json_files import parse_json
-from lorax.formats.safetensors_files import TensorFiles
 from lorax.quant.linear import QuantizedLinear
 
 log = logging.getLogger(__name__)
@@ -195,16 +194,12 @@ def files_digest(path: str | Path) -> str:
     Reads every byte once, one tensor at a time; kept for the process, by the files' names, sizes
     and times.
     """
-    files = open_model_files(path)
-    source = files.source
-    if isinstance(source, GGUFFile):
-        homes = {files.where}
-    else:
-        assert isinstance(source, QuantizedFiles | TensorFiles)
-        homes = set(source.home.values())
-    key = tuple(sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in homes))
+    where = find_model(path)
+    homes = [where] if where.is_file() else where.glob("*.safetensors*")
+    states = ((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in homes)
+    key = tuple(sorted(states))
     if key not in _digests:
-        _digests[key] = _sha256(sorted(_lines(files)))
+        _digests[key] = _sha256(sorted(_lines(open_model_files(where))))
     return _digests[key]
 
 
