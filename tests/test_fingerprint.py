@@ -144,6 +144,7 @@ def test_files_are_read_once_and_again_when_they_change(base, monkeypatch):
     assert len(reads) == 2
 
 
+@pytest.mark.slow
 def test_a_gguf_file_has_one(smollm2_gguf):
     digest = fingerprint.files_digest(smollm2_gguf)
     assert len(digest) == 64
@@ -265,7 +266,10 @@ def test_alpha_as_a_whole_number_or_not_is_the_same(base, adapter):
     lorax.load_adapter(lorax.load_model(base), adapter)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"base": 1, "adapter": 2}', '{"base": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"base": 1, "adapter": 2}', '{"base": {}}', '{"base": {"config": []}}'],
+)
 def test_a_damaged_fingerprint_is_a_format_error(text, base, adapter):
     rewrite(adapter, lambda _, metadata: metadata.update({fingerprint.KEY: text}))
     with pytest.raises(FormatError, match=r"lorax\.fingerprint"):

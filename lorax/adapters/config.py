@@ -148,7 +148,7 @@ class LoRAConfig:
             if key in NOT_COVERED and value not in (NOT_COVERED[key], None, False):
                 raise AdapterError(f"{where}: {key} = {value!r} is not covered by lorax")
             if key not in known and key not in NOT_COVERED and key not in DESCRIPTIVE:
-                if value in (None, False) or value == {}:
+                if not value:
                     continue  # a newer PEFT's key at rest
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
@@ -173,8 +173,8 @@ class LoRAConfig:
             return False  # trained as a whole
         if not self.target_modules or not _matches(self.target_modules, name):
             return False
-        if self.layers_to_transform is None or name in self.target_modules:
-            return True  # a whole path in the list is meant as it stands, whatever its layer
+        if self.layers_to_transform in (None, []) or name in self.target_modules:
+            return True  # no numbers; or a whole path, meant as it stands, whatever its layer
         return self._layer_number(name) in self._layers()
 
     def unmatched(self, names: Iterable[str]) -> list[str]:

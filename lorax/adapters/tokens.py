@@ -44,12 +44,14 @@ class TokenRows(AdapterLayer):
         self.register_buffer("place", place, persistent=False)
         self.is_tied = tied_to is not None
         rows = nn.Parameter(weight[where].float()) if tied_to is None else tied_to.rows
-        self.trainable_tokens_delta = rows
+        # A module of its own, behind the base: the model's first parameter stays the base's.
+        self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})
 
     @property
     def rows(self) -> nn.Parameter:
         """(n, C) float32; PEFT calls them a delta, which they are not."""
-        return self.trainable_tokens_delta
+        rows: nn.Parameter = self.token_adapter["trainable_tokens_delta"]
+        return rows
 
     def adapted(self, x: Tensor) -> Tensor:
         """Embedding: (...) int64 -> (..., C). Head: (..., C) -> (..., V)."""

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from lorax import __version__
-from lorax.errors import AdapterError, FormatError, LoraxError
+from lorax.errors import AdapterError, EnvironmentProblem, FormatError, LoraxError
 from lorax.formats.bitsandbytes import QuantizedFiles
 from lorax.formats.gguf_files import GGUFFile
 from lorax.formats.huggingface import ModelFiles, find_model, open_model_files
@@ -86,10 +86,13 @@ def parse(text: str, where: str) -> dict[str, Any]:
     if isinstance(found.get("format"), int) and found["format"] > FORMAT:
         log.warning("%s: a later lorax's fingerprint, which is not checked", where)
         return {}
-    base, adapter = found.get("base"), found.get("adapter")
-    whole = isinstance(base, dict) and isinstance(adapter, dict)
-    if not whole or not isinstance(adapter.get("settings"), dict):  # type: ignore[union-attr]
-        raise FormatError(f"{where}: {KEY} is damaged; expected base, adapter and its settings")
+    parts = [("base",), ("base", "config"), ("adapter",), ("adapter", "settings")]
+    for path in parts:
+        part: Any = found
+        for key in path:
+            part = part.get(key)
+        if not isinstance(part, dict):
+            raise FormatError(f"{where}: {KEY}: {'.'.join(path)} is {part!r}; expected an object")
     return found
 
 
@@ -132,7 +135,7 @@ def check_base(found: Mapping[str, Any], model: nn.Module, where: str) -> None:
     stated = found["base"]
     now, then = quantization(model), found.get("quantization")
     name = getattr(model, "name_or_path", "") or "a model without files"
-    ways = _different(stated.get("config") or {}, _config(model))
+    ways = _different(stated["config"], _config(model))
     hint = "load the adapter over its base, or with check_base=False if you know better"
     if ways:
         raise AdapterError(
@@ -196,8 +199,11 @@ def files_digest(path: str | Path) -> str:
     """
     where = find_model(path)
     homes = [where] if where.is_file() else where.glob("*.safetensors*")
-    states = ((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in homes)
-    key = tuple(sorted(states))
+    try:
+        states = ((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in homes)
+        key = tuple(sorted(states))
+    except OSError as error:
+        raise EnvironmentProblem(f"{where}: cannot be read ({error})") from None
     if key not in _digests:
         _digests[key] = _sha256(sorted(_lines(open_model_files(where))))
     return _digests[key]

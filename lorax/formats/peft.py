@@ -70,7 +70,7 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     directory = Path(path)
     if (directory / CONFIG).is_file():
         return directory
-    below = sorted(file.parent for file in directory.glob(f"*/{CONFIG}"))
+    below = sorted(file.parent for file in directory.glob(f"[!.]*/{CONFIG}"))
     if not below:
         raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory")
     if len(below) > 1:
@@ -86,7 +86,7 @@ def _is_adapter(directory: Path) -> bool:
     if (directory / CONFIG).is_file():
         return True
     is_model = (directory / "config.json").is_file()
-    return not is_model and any(directory.glob(f"*/{CONFIG}"))
+    return not is_model and any(directory.glob(f"[!.]*/{CONFIG}"))
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> tuple[LoRAConfig, str | None]:
