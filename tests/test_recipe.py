@@ -164,7 +164,7 @@ def test_a_lora_option_that_is_left_out_is_refused_by_name(key):
     [
         ("adapter.init_lora_weights", "pissa"),
         ("adapter.init_lora_weights", "olora"),
-        ("adapter.bias", "all"),
+        ("adapter.bias", "some"),
         ("adapter.r", 0),
         ("adapter.lora_dropout", 1.0),
         ("adapter.rank_pattern", {"q_proj": -1}),
