@@ -9,6 +9,7 @@ import torch
 from oracles import gpt2, llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_tokenizer import byte_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from lorax.adapters.inject import adapter_layers, count_parameters
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.replaced import replaced_parameters
 from lorax.errors import AdapterError, FormatError
+from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.quant import ops
 from lorax.quant.linear import QuantizedLinear
 from lorax.training.loss import summed_loss
@@ -354,6 +356,32 @@ def test_five_steps_of_adamw_against_peft(name, tmp_path):
         assert (other - mine).norm() <= 1e-4 * (other - before).norm(), key
 
 
+def test_a_recipe_trains_them_and_leaves_an_adapter_that_loads(tmp_path):
+    tokenizer = byte_tokenizer()
+    llama(vocab_size=tokenizer.vocab_size, **TIED, **BIASED).save_pretrained(tmp_path / "model")
+    write_tokenizer(tokenizer, tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "say a ", "completion": "b"}\n' * 8)
+    adapter = {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["norm"]}
+    adapter["trainable_token_indices"] = {"embed_tokens": [1, 70]}
+    recipe = lorax.Recipe.from_dict(
+        {
+            "model": {"path": str(tmp_path / "model"), "quantization": "nf4", "dtype": "float32"},
+            "adapter": adapter,
+            "data": {"path": str(tmp_path / "rows.jsonl")},
+            "train": {"output_dir": str(tmp_path / "run"), "batch_size": 4, "max_steps": 3},
+        }
+    )
+    run = lorax.train(recipe)
+    again = lorax.load_model(tmp_path / "model", "float32", quantization="nf4")
+    base = {name: p.clone() for name, p in again.named_parameters()}
+    lorax.load_adapter(again, tmp_path / "run" / "adapter")
+    assert torch.equal(logits(again), logits(run.model))
+    for replacement in replaced_parameters(again):
+        assert not torch.equal(replacement.trained, replacement.original), replacement.places
+    rows = again.model.embed_tokens.rows
+    assert not torch.equal(rows, base["model.embed_tokens.weight"][[1, 70]])
+
+
 def test_lora_plus_sees_every_copy(tmp_path):
     """Biases learn with B, rows and whole matrices with A, as PEFT groups them; each once."""
     llama(**TIED, **BIASED).save_pretrained(tmp_path)
@@ -483,3 +511,17 @@ def test_overlapping_patterns_keep_their_order(tmp_path):
     assert list(config.alpha_pattern) == list(alphas)
     assert torch.equal(logits(again), logits(model))
     assert adapter_layers(again)["model.layers.1.self_attn.q_proj"].r == 3
+
+
+@pytest.mark.parametrize("key", [{"layers_to_transform": []}, {"layers_pattern": []}])
+def test_an_empty_list_of_layers_asks_for_nothing(key, tmp_path):
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    theirs = moved(get_peft_model(base, LoraConfig(**key, **Q)))
+    theirs.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    found = {**json.loads(path.read_text()), **key, "newer": [], "also_newer": 0.0}
+    path.write_text(json.dumps(found))
+    model = lorax.load_model(tmp_path / "base")
+    lorax.load_adapter(model, tmp_path / "adapter")
+    assert (logits(model) - logits(theirs)).abs().max() <= FLOAT32

@@ -78,9 +78,9 @@ class LoRAConfig:
     use_dora: magnitude and direction trained apart (Liu et al., arXiv:2402.09353).
     modules_to_save: names of modules that are trained as a whole, in a copy.
     trainable_token_indices: rows of the embedding that are trained, for the embedding or by name.
+    ensure_weight_tying: a tied head and embedding that are trained as a whole stay one.
     loftq_config: {"loftq_bits": 4, "loftq_iter": N}, with init_lora_weights = "loftq"; lorax's
         own key "loftq_format" takes "nf4" (PEFT's, the default) or "nf4-dq".
-    ensure_weight_tying: a tied head and embedding that are trained as a whole stay one.
 
     Raises:
         AdapterError: a value that is impossible or not covered.

@@ -114,6 +114,8 @@ def find_parameters(
         groups = _tied(model, config, adapted, groups)
     taken = {place for places in groups for place in places}
     if config.bias != "none":
+        if config.init_lora_weights == "loftq":
+            raise AdapterError("bias: LoftQ computes with a copy of the base; 'none' goes with it")
         groups += [[place] for place in _biases(model, config, adapted) if place not in taken]
     return groups
 

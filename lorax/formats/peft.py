@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +226,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], plain: bool | N
     """
     config, tensors = _in_form(model, plain)
     config = dataclasses.replace(config, fan_in_fan_out=isinstance(model, GPT2))
-    mark = {fingerprint.KEY: fingerprint.describe(model, config, tensors)}
-    write_peft_directory(path, config, tensors, getattr(model, "name_or_path", "") or None, mark)
+    base = getattr(model, "name_or_path", "") or None
+    mark = fingerprint.describe(model, config, tensors)
+    write_peft_directory(path, config, tensors, base, mark)
 
 
 def write_peft_directory(
@@ -236,11 +236,11 @@ def write_peft_directory(
     config: LoRAConfig,
     tensors: dict[str, Tensor],
     base: str | None,
-    metadata: Mapping[str, str] | None = None,
+    mark: str | None = None,
 ) -> None:
-    """Write tensors under PEFT's names, config and card; `base` is the base model's name.
+    """Write tensors under PEFT's names, config and card.
 
-    `metadata` goes into the tensors' file.
+    base: the base model's name. mark: the fingerprint; without one it loads as a stranger's.
 
     Raises:
         AdapterError, EnvironmentProblem: as `save_adapter`.
@@ -249,7 +249,7 @@ def write_peft_directory(
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{name} is not finite; an adapter like that is not saved")
     with written_directory(Path(path), replace=True) as directory:
-        write_file(tensors, directory / TENSORS, metadata)
+        write_file(tensors, directory / TENSORS, {fingerprint.KEY: mark} if mark else None)
         text = json.dumps(_peft_config(config, base), indent=2, sort_keys=False) + "\n"
         (directory / CONFIG).write_text(text)
         card = _CARD.format(base=base or "unknown", r=config.r, alpha=config.lora_alpha)
