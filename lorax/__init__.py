@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lorax.adapters.adalora_config import AdaLoRAConfig as AdaLoRAConfig
     from lorax.adapters.config import LoRAConfig as LoRAConfig
     from lorax.adapters.inject import add_adapter as add_adapter
     from lorax.adapters.inject import disabled_adapter as disabled_adapter
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from lorax.adapters.merge import merge_adapter as merge_adapter
     from lorax.adapters.merge import unload_adapter as unload_adapter
     from lorax.adapters.merge import unmerge_adapter as unmerge_adapter
+    from lorax.adapters.prompt_config import PromptTuningConfig as PromptTuningConfig
+    from lorax.adapters.rank_allocator import RankAllocator as RankAllocator
     from lorax.errors import LoraxError as LoraxError
     from lorax.formats.huggingface import load_model as load_model
     from lorax.formats.huggingface import load_tokenizer as load_tokenizer
@@ -30,9 +33,12 @@ if TYPE_CHECKING:
     from lorax.training.recipe import Recipe as Recipe
 
 _HOME = {
+    "AdaLoRAConfig": "lorax.adapters.adalora_config",
     "LoRAConfig": "lorax.adapters.config",
     "LoraxError": "lorax.errors",
+    "PromptTuningConfig": "lorax.adapters.prompt_config",
     "QuantizedTensor": "lorax.quant.tensor",
+    "RankAllocator": "lorax.adapters.rank_allocator",
     "Recipe": "lorax.training.recipe",
     "add_adapter": "lorax.adapters.inject",
     "disabled_adapter": "lorax.adapters.inject",

@@ -66,7 +66,7 @@ def refused(**overrides) -> str:
 def test_a_recipe_needs_three_keys_only():
     recipe = build()
     assert recipe.train.batch_size == 16
-    assert recipe.lora_config() == LoRAConfig()
+    assert recipe.adapter_config(total_steps=5) == LoRAConfig()
 
 
 @pytest.mark.parametrize("key", ["model.path", "data.path", "train.output_dir"])
@@ -132,16 +132,13 @@ def test_an_override_below_a_value_is_refused():
 def test_the_recipe_of_the_design_is_accepted(tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text(DESIGN)
-    config = Recipe.load(file).lora_config()
+    config = Recipe.load(file).adapter_config(total_steps=5)
     assert (config.r, config.lora_alpha, config.target_modules) == (16, 32, "all-linear")
 
 
 @pytest.mark.parametrize(
     ("key", "value", "feature"),
     [
-        ("adapter.method", "adalora", "other methods than lora"),
-        ("adapter.method", "prompt-tuning", "other methods than lora"),
-        ("adapter.method", "full", "other methods than lora"),
         ("data.packing", True, "packing"),
         ("train.save_steps", 100, "checkpoints"),
         ("train.keep_checkpoints", 2, "checkpoints"),

@@ -112,10 +112,9 @@ class LoRAConfig:
             value = getattr(self, key)
             if value is not None and not isinstance(value, str | list):
                 object.__setattr__(self, key, sorted(value))  # PEFT's users pass sets and tuples
-        _check_rank("r", self.r)
+        check_rank("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
-        for name, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{name!r}]", rank)
+        self._check_rank_pattern()
         for name, alpha in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern[{name!r}]", alpha)
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -185,6 +184,10 @@ class LoRAConfig:
             if not any(_matches(target if whole else [target], name) for name in names)
         ]
 
+    def _check_rank_pattern(self) -> None:
+        for name, rank in self.rank_pattern.items():
+            check_rank(f"rank_pattern[{name!r}]", rank)
+
     def _layers(self) -> list[int]:
         layers = self.layers_to_transform
         return [layers] if isinstance(layers, int) else list(layers or [])
@@ -209,7 +212,9 @@ class LoRAConfig:
         plain = (self.target_modules, self.exclude_modules)
         layers = self.layers_pattern or []
         used = {expression: expression for expression in plain if isinstance(expression, str)}
-        used |= {key: rf"(.*\.)?({key})$" for key in (*self.rank_pattern, *self.alpha_pattern)}
+        used |= {
+            key: rf"(.*\.)?({key})$" for key in (*(self.rank_pattern or ()), *self.alpha_pattern)
+        }
         used |= {p: rf".*\.{p}\." for p in ([layers] if isinstance(layers, str) else layers)}
         for expression, whole in used.items():
             try:
@@ -226,7 +231,8 @@ def _matches(patterns: list[str] | str, name: str) -> bool:
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
-def _check_rank(name: str, rank: Any) -> None:
+def check_rank(name: str, rank: Any) -> None:
+    """Refuse what is no whole number from 1 to MAX_RANK."""
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
         raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 to {MAX_RANK}")
 

@@ -64,7 +64,7 @@ class LoRALinear(AdapterLayer):
         y = self.base_layer(x)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        h = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
+        h = F.linear(x, self.right().to(x.dtype))  # (..., r)
         B = self.lora_B.to(x.dtype)
         path = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=self.scaling)
         return path.view(y.shape)
@@ -80,7 +80,12 @@ class LoRALinear(AdapterLayer):
         assert isinstance(base, QuantizedLinear)
         assert isinstance(base.quantized, FourBitTensor)
         weight = base.quantized.operands()
-        return ops.lora_linear_4bit(x, self.lora_A, self.lora_B, self.scaling, base.bias, *weight)
+        A = self.right()
+        return ops.lora_linear_4bit(x, A, self.lora_B, self.scaling, base.bias, *weight)
+
+    def right(self) -> Tensor:
+        """The factor of the path that the input meets first: A, (r, in) float32."""
+        return self.lora_A
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """A and B."""
@@ -88,7 +93,7 @@ class LoRALinear(AdapterLayer):
 
     def delta(self) -> Tensor:
         """What the path adds to the weight: scaling * B A, (out, in) float32."""
-        return (self.lora_B.detach() @ self.lora_A.detach()).mul_(self.scaling)
+        return (self.lora_B.detach() @ self.right().detach()).mul_(self.scaling)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W + scaling * B A, (out, in)."""

@@ -3,6 +3,9 @@
     base_model.model.<path of the module>.lora_A.weight    (r, in)
     base_model.model.<path of the module>.lora_B.weight    (out, r)
 
+AdaLoRA's are `....lora_A` (r_l, in), `....lora_E` (r_l, 1) and `....lora_B` (out, r_l), pruned by
+the config's rank_pattern, down to r_l = 0. A tuned prompt is `prompt_embeddings` (n, C).
+
 Tensors are float32 as a rule. A file with a tensor too many or too few, or of another shape, is
 refused: PEFT loads such a file without a word, and the adapter then is not what its author trained.
 """
@@ -16,14 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.adalora import AdaLoRAConfig
 from lorax.adapters.config import NOT_COVERED, LoRAConfig
 from lorax.adapters.inject import (
-    adapter_config,
     adapter_layers,
     add_adapter,
     require_adapter,
+    stated_config,
 )
+from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import unload_adapter
+from lorax.adapters.prompt import PromptTuning, PromptTuningConfig, insert_prompt
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import AdapterError, FormatError, UsageError
 from lorax.formats.directory import written_directory
@@ -37,6 +43,9 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # whose format this is
 _PREFIX = "base_model.model."
+CONFIGS: dict[str, type[LoRAConfig] | type[PromptTuningConfig]] = {
+    kind.peft_type: kind for kind in (LoRAConfig, AdaLoRAConfig, PromptTuningConfig)
+}
 
 _CARD = """---
 base_model: {base}
@@ -44,19 +53,20 @@ library_name: peft
 pipeline_tag: text-generation
 tags:
 - base_model:adapter:{base}
-- lora
-- lorax
+{tags}- lorax
 ---
 
-# LoRA adapter
+# {kind} adapter
 
-Trained with lorax: r = {r}, lora_alpha = {alpha}. PEFT and lorax load it:
+Trained with lorax: {sizes}. PEFT and lorax load it:
 
     PeftModel.from_pretrained(model, "PATH")        lorax.load_adapter(model, "PATH")
 """
 
 
-def read_adapter_config(path: str | os.PathLike[str]) -> tuple[LoRAConfig, str | None]:
+def read_adapter_config(
+    path: str | os.PathLike[str],
+) -> tuple[LoRAConfig | PromptTuningConfig, str | None]:
     """The config of an adapter directory, and the base model that it names.
 
     Raises:
@@ -67,11 +77,15 @@ def read_adapter_config(path: str | os.PathLike[str]) -> tuple[LoRAConfig, str |
     if not file.is_file():
         raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory")
     values = read_json(file)
-    if values.get("peft_type") != "LORA":
-        raise AdapterError(f"{file}: peft_type {values.get('peft_type')!r}; lorax reads LORA")
-    _check_types(values, file)
+    kind = CONFIGS.get(str(values.get("peft_type")))
+    if kind is None:
+        raise AdapterError(
+            f"{file}: peft_type {values.get('peft_type')!r}; lorax reads {', '.join(CONFIGS)}"
+        )
+    if kind is not PromptTuningConfig:
+        _check_types(values, file)
     base = values.get("base_model_name_or_path")
-    return LoRAConfig.from_dict(values, str(file)), base if isinstance(base, str) else None
+    return kind.from_dict(values, str(file)), base if isinstance(base, str) else None
 
 
 def open_model(
@@ -86,7 +100,8 @@ def open_model(
     """Load a model, or an adapter with its base, whichever lies at `path`; and its tokenizer.
 
     Args:
-        path: a model (directory, Hub id, .gguf), an adapter's directory or a run's.
+        path: a model (directory, Hub id, .gguf), an adapter's directory or a run's, which has
+            an adapter/ or, after full fine-tuning, a model/.
         base: the base of an adapter, where its config's own entry does not lead to it.
         dtype, device, quantization: as in `load_model`.
         needs_adapter: refuse a plain model.
@@ -97,6 +112,8 @@ def open_model(
     """
     if (Path(path) / "adapter" / CONFIG).is_file():  # a run's directory
         path = str(Path(path) / "adapter")
+    elif (Path(path) / "model" / "config.json").is_file():  # of full fine-tuning
+        path = str(Path(path) / "model")
     is_adapter = (Path(path) / CONFIG).is_file()
     if not is_adapter:
         if needs_adapter or base is not None:
@@ -114,7 +131,7 @@ def open_model(
 
 def load_adapter(
     model: nn.Module, path: str | os.PathLike[str], trainable: bool = False
-) -> LoRAConfig:
+) -> LoRAConfig | PromptTuningConfig:
     """Load a PEFT adapter directory into the model, in place.
 
     Args:
@@ -136,8 +153,11 @@ def load_adapter(
     tensors = read_file(directory / TENSORS)
     before = [parameter.requires_grad for parameter in model.parameters()]
     parameters = list(model.parameters())
-    with torch.random.fork_rng(devices=[]):
-        add_adapter(model, config)
+    if isinstance(config, PromptTuningConfig):
+        insert_prompt(model, config)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            add_adapter(model, config)
     try:
         _load_tensors(model, tensors, str(directory / TENSORS))
     except AdapterError:
@@ -162,14 +182,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{name} is not finite; an adapter like that is not saved")
-    config = adapter_config(model)
+    config = stated_config(model)
     base = getattr(model, "name_or_path", "") or None
     with written_directory(Path(path), replace=True) as directory:
         write_file(tensors, directory / TENSORS)
         text = json.dumps(_peft_config(model, config, base), indent=2, sort_keys=False) + "\n"
         (directory / CONFIG).write_text(text)
-        card = _CARD.format(base=base or "unknown", r=config.r, alpha=config.lora_alpha)
-        (directory / "README.md").write_text(card)
+        (directory / "README.md").write_text(_card(config, base or "unknown"))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -177,8 +196,26 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in require_adapter(model).items():
         for below, tensor in layer.tensors().items():
-            tensors[f"{_PREFIX}{name}.{below}"] = tensor.detach()
+            tensors[_stored_name(name, layer, below)] = tensor.detach()
     return tensors
+
+
+def _stored_name(name: str, layer: AdapterLayer, below: str) -> str:
+    """PEFT's name for the tensor `below` of the layer of that path."""
+    return below if isinstance(layer, PromptTuning) else f"{_PREFIX}{name}.{below}"
+
+
+def _card(config: LoRAConfig | PromptTuningConfig, base: str) -> str:
+    """The model card: README.md."""
+    if isinstance(config, PromptTuningConfig):
+        kind, tags, sizes = "Prompt tuning", "", f"{config.num_virtual_tokens} virtual tokens"
+    elif isinstance(config, AdaLoRAConfig):
+        kind, tags = "AdaLoRA", ""
+        sizes = f"init_r = {config.init_r}, target_r = {config.target_r}"
+    else:
+        kind, tags = "LoRA", "- lora\n"
+        sizes = f"r = {config.r}, lora_alpha = {config.lora_alpha}"
+    return _CARD.format(base=base, kind=kind, tags=tags, sizes=sizes)
 
 
 def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str) -> None:
@@ -223,22 +260,29 @@ def _without_base_copies(
     return rest
 
 
-def _peft_config(model: nn.Module, config: LoRAConfig, base: str | None) -> dict[str, Any]:
+def _peft_config(
+    model: nn.Module, config: LoRAConfig | PromptTuningConfig, base: str | None
+) -> dict[str, Any]:
     """adapter_config.json's content, with the keys that PEFT writes, in its order."""
     values: dict[str, Any] = {
-        **NOT_COVERED,
         **dataclasses.asdict(config),
         "auto_mapping": None,
         "base_model_name_or_path": base,
-        "fan_in_fan_out": isinstance(model, GPT2),
         "inference_mode": True,
-        "megatron_core": "megatron.core",
         "peft_type": config.peft_type,
         "peft_version": PEFT_VERSION,
-        "qalora_group_size": 16,
         "revision": None,
         "task_type": "CAUSAL_LM",
     }
+    if isinstance(config, PromptTuningConfig):
+        values["modules_to_save"] = None
+        if config.prompt_tuning_init == "TEXT":  # PEFT does not read the file without a name
+            values["tokenizer_name_or_path"] = config.tokenizer_name_or_path or base or "unknown"
+    else:
+        values |= NOT_COVERED
+        values["fan_in_fan_out"] = isinstance(model, GPT2)
+        values["megatron_core"] = "megatron.core"
+        values["qalora_group_size"] = 16
     return dict(sorted(values.items()))
 
 
@@ -262,6 +306,15 @@ def _check_types(values: dict[str, Any], file: Path) -> None:
         "modules_to_save": list | None,
         "trainable_token_indices": list | dict | None,
         "loftq_config": dict | None,
+        "target_r": int,
+        "init_r": int,
+        "tinit": int,
+        "tfinal": int,
+        "deltaT": int,
+        "beta1": int | float,
+        "beta2": int | float,
+        "orth_reg_weight": int | float,
+        "total_step": int | None,
     }
     for key, kind in kinds.items():
         if key in values and not isinstance(values[key], kind):
@@ -273,3 +326,5 @@ def _check_types(values: dict[str, Any], file: Path) -> None:
                 raise FormatError(f"{file}: {key} = {values[key]!r} has an entry of the wrong type")
     for key in ("rank_pattern", "alpha_pattern", "loftq_config"):
         values[key] = values.get(key) or {}
+    if values["peft_type"] == AdaLoRAConfig.peft_type:
+        values["rank_pattern"] = values["rank_pattern"] or None
