@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import gpt2, llama, tokens
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_training import folder as folder  # noqa: PLC0414 - a fixture
+from test_training import folder as folder
 from test_training import recipe
 from transformers import AutoModelForCausalLM
 
@@ -45,7 +45,7 @@ def peft_adalora(base, config, pruned, **more):
     with torch.no_grad():
         for name, parameter in model.base_model.model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
             if "lora_E" in name:
                 keep = torch.rand(len(parameter), generator=generator) < 0.4
                 if not pattern:
@@ -184,11 +184,11 @@ def test_it_computes_and_learns_over_int8_and_bfloat16(change, tmp_path):
     loss = summed_loss(model, tokens(), tokens())
     loss.backward()
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.numel():
             assert parameter.dtype == torch.float32
             assert parameter.grad is not None, name
             assert torch.isfinite(parameter.grad).all()
-    names = [n for n, p in model.named_parameters() if p.requires_grad and p.grad.abs().sum() > 0]
+    names = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()]
     assert any("lora_E" in name for name in names)
 
 
@@ -298,11 +298,22 @@ def test_twenty_steps_against_peft(case, tmp_path):
     compare_runs(theirs, mine, tmp_path)
 
 
-def compare_runs(theirs, mine, tmp_path):
-    """Ranks and masks equal at each step; losses within 1e-5, weights within 1e-4 in their norms.
+def largest_relative(one, other):
+    """Over the tensors by name; where a layer has lost all ranks its E is zero on both sides."""
+    assert all(one[name].norm() == 0 for name, t in other.items() if t.norm() == 0)
+    return max(relative_rms(one[name], t) for name, t in other.items() if t.norm() > 0)
 
-    (The weights measure 2e-6 or less on the tiny models; what remains is the order of the sums.)
+
+def compare_runs(theirs, mine, tmp_path):
+    """Ranks and masks equal at each step; losses within 1e-5, weights within the task's noise.
+
+    The noise is PEFT's own spread between two ways to compute the same attention, as in
+    test_training_against_peft.py; bound: four times that, or 1e-5 relative in the norm.
     """
+    eager = copy.deepcopy(theirs)
+    eager.set_attn_implementation("eager")
+    theirs.set_attn_implementation("sdpa")
+    other_way = train_theirs(eager)[2]
     expected_losses, expected_masks, expected_weights = train_theirs(theirs)
     losses, masks, weights = train_ours(mine)
     assert masks == expected_masks
@@ -310,13 +321,11 @@ def compare_runs(theirs, mine, tmp_path):
     assert len({json.dumps(mask) for mask in masks}) >= 3  # they did change on the way
     for ours, others in zip(losses, expected_losses, strict=True):
         assert abs(ours - others) <= 1e-5 * abs(others)
-    error = max(relative_rms(weights[n], w) for n, w in expected_weights.items() if w.norm() > 0)
-    print(f"weights differ by {error:.1e}")
-    assert error <= 1e-4
-    kept = {n for n, mask in masks[-1].items() if any(mask)}
-    assert kept < set(masks[-1]) or min(map(sum, masks[-1].values())) < max(
-        map(sum, masks[-1].values())
-    )
+    noise = largest_relative(other_way, expected_weights)
+    error = largest_relative(weights, expected_weights)
+    print(f"weights differ by {error:.1e}; PEFT's two attentions by {noise:.1e}")
+    assert error <= max(1e-5, 4 * noise)
+    assert len({sum(mask) for mask in masks[-1].values()}) > 1
     lorax.save_adapter(mine, tmp_path / "trained")
     theirs.save_pretrained(tmp_path / "theirs")
     one, two = (
@@ -394,8 +403,8 @@ def drive(model, steps):
 def test_the_ranks_settle_whatever_the_schedule(settings):
     """Even where no multiple of deltaT lies between tinit and tfinal."""
     model = fresh(**settings)
+    assert sum(layer.r for layer in adapter_layers(model).values()) == 36
     allocator, history = drive(model, 20)
-    assert history[0] == 36
     assert history[-1] == 9
     assert history == sorted(history, reverse=True)
     allocator.finish()
@@ -459,7 +468,7 @@ def test_the_allocator_refuses_to_be_driven_wrongly():
 
 @pytest.mark.parametrize("settings", [{"target_r": 4}, {"target_r": 5}, {"tfinal": 19}])
 def test_ranks_that_would_never_change_are_refused(settings):
-    with pytest.raises(AdapterError, match="never change|before one was watched"):
+    with pytest.raises(AdapterError, match=r"never change|before one was watched"):
         RankAllocator(fresh(**settings))
 
 
@@ -531,7 +540,7 @@ def test_an_impossible_config_is_refused_by_name(values, word):
         ({"total_step": "many"}, FormatError, "total_step"),
         ({"rank_pattern": {"model.layers.7.x.lora_E": [True] * 4}}, AdapterError, "layers.7"),
         ({"rank_pattern": [3]}, FormatError, "rank_pattern"),
-        ({"rank_pattern": None}, AdapterError, "q_proj.lora_"),
+        ({"rank_pattern": None}, AdapterError, r"lora_A is \(3, 80\)"),
         ({"init_r": 5}, AdapterError, "booleans"),
         ({"target_rank": 5}, AdapterError, "did you mean target_r"),
     ],

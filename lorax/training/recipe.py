@@ -277,8 +277,9 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _describe(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line; an unknown key with its nearest neighbour."""
-    first = error.errors()[0]
+    """One thing that is wrong, in one line; an unknown key first, with its nearest neighbour."""
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     place = [str(part) for part in first["loc"]]
     method = None
     if place[0] == "adapter" and len(place) > 1:  # pydantic names the method's table too
