@@ -304,7 +304,7 @@ def largest_relative(one, other):
     return max(relative_rms(one[name], t) for name, t in other.items() if t.norm() > 0)
 
 
-def compare_runs(theirs, mine, tmp_path):
+def compare_runs(theirs, mine, tmp_path, logits=FLOAT32):
     """Ranks and masks equal at each step; losses within 1e-5, weights within the task's noise.
 
     The noise is PEFT's own spread between two ways to compute the same attention, as in
@@ -336,7 +336,7 @@ def compare_runs(theirs, mine, tmp_path):
     assert config["rank_pattern"] == masks[-1]
     again = PeftModel.from_pretrained(theirs.unload(), tmp_path / "trained").eval()
     mine.eval()
-    assert largest_difference(mine, again) <= FLOAT32
+    assert largest_difference(mine, again) <= logits
 
 
 @pytest.mark.slow
@@ -352,7 +352,7 @@ def test_twenty_steps_of_smollm2(smollm2_gguf, tmp_path):
     theirs.save_pretrained(tmp_path / "start")
     mine = lorax.load_model(smollm2_gguf)
     lorax.load_adapter(mine, tmp_path / "start", trainable=True)
-    compare_runs(theirs, mine, tmp_path)
+    compare_runs(theirs, mine, tmp_path, logits=1e-4)  # of size 30; as in test_models.py
 
 
 @given(st.data())
