@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorax.adapters.merge import unmerge_adapter as unmerge_adapter
     from lorax.adapters.prompt_config import PromptTuningConfig as PromptTuningConfig
     from lorax.adapters.rank_allocator import RankAllocator as RankAllocator
+    from lorax.adapters.rank_allocator import fold_into_lora as fold_into_lora
     from lorax.errors import LoraxError as LoraxError
     from lorax.formats.huggingface import load_model as load_model
     from lorax.formats.huggingface import load_tokenizer as load_tokenizer
@@ -42,6 +43,7 @@ _HOME = {
     "Recipe": "lorax.training.recipe",
     "add_adapter": "lorax.adapters.inject",
     "disabled_adapter": "lorax.adapters.inject",
+    "fold_into_lora": "lorax.adapters.rank_allocator",
     "generate": "lorax.inference.generate",
     "load_adapter": "lorax.formats.peft",
     "load_model": "lorax.formats.huggingface",
