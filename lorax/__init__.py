@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lorax.adapters.adalora_config import AdaLoRAConfig as AdaLoRAConfig
+    from lorax.adapters.algebra import Adapter as Adapter
     from lorax.adapters.config import LoRAConfig as LoRAConfig
+    from lorax.adapters.convert import convert_to_lora as convert_to_lora
     from lorax.adapters.inject import add_adapter as add_adapter
     from lorax.adapters.inject import disabled_adapter as disabled_adapter
     from lorax.adapters.inject import print_trainable_parameters as print_trainable_parameters
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from lorax.adapters.rank_allocator import RankAllocator as RankAllocator
     from lorax.adapters.rank_allocator import fold_into_lora as fold_into_lora
     from lorax.errors import LoraxError as LoraxError
+    from lorax.formats.adapter_data import read_adapter as read_adapter
+    from lorax.formats.adapter_data import write_adapter as write_adapter
     from lorax.formats.huggingface import load_model as load_model
     from lorax.formats.huggingface import load_tokenizer as load_tokenizer
     from lorax.formats.huggingface import save_model as save_model
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AdaLoRAConfig": "lorax.adapters.adalora_config",
+    "Adapter": "lorax.adapters.algebra",
     "LoRAConfig": "lorax.adapters.config",
     "LoraxError": "lorax.errors",
     "PromptTuningConfig": "lorax.adapters.prompt_config",
@@ -42,6 +47,7 @@ _HOME = {
     "RankAllocator": "lorax.adapters.rank_allocator",
     "Recipe": "lorax.training.recipe",
     "add_adapter": "lorax.adapters.inject",
+    "convert_to_lora": "lorax.adapters.convert",
     "disabled_adapter": "lorax.adapters.inject",
     "fold_into_lora": "lorax.adapters.rank_allocator",
     "generate": "lorax.inference.generate",
@@ -51,11 +57,13 @@ _HOME = {
     "merge_adapter": "lorax.adapters.merge",
     "print_trainable_parameters": "lorax.adapters.inject",
     "quantize": "lorax.quant.formats",
+    "read_adapter": "lorax.formats.adapter_data",
     "save_adapter": "lorax.formats.peft",
     "save_model": "lorax.formats.huggingface",
     "train": "lorax.training.loop",
     "unload_adapter": "lorax.adapters.merge",
     "unmerge_adapter": "lorax.adapters.merge",
+    "write_adapter": "lorax.formats.adapter_data",
 }
 
 _ROOMS = {

@@ -490,6 +490,15 @@ def test_folded_into_plain_lora_it_computes_the_same(case, tmp_path):
     assert largest_difference(lambda _: before, theirs) <= FLOAT32
 
 
+def test_the_algebra_asks_for_the_folded_form(tmp_path):
+    model = loaded(tmp_path)
+    for take in (lambda: lorax.Adapter.of(model), lambda: lorax.read_adapter(tmp_path / "adapter")):
+        with pytest.raises(AdapterError, match=r"ADALORA; expected LORA, which fold_into_lora"):
+            take()
+    fold_into_lora(model)
+    assert lorax.Adapter.of(model).layers
+
+
 def test_what_has_no_rank_cannot_be_folded():
     model = fresh()
     with pytest.raises(AdapterError, match="no layer has a rank left"):

@@ -159,8 +159,8 @@ def test_a_lora_option_that_is_left_out_is_refused_by_name(key):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("adapter.init_lora_weights", "pissa"),
-        ("adapter.init_lora_weights", "olora"),
+        ("adapter.init_lora_weights", "corda"),
+        ("adapter.init_lora_weights", "eva"),
         ("adapter.bias", "all"),
         ("adapter.r", 0),
         ("adapter.lora_dropout", 1.0),

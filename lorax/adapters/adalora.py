@@ -40,9 +40,9 @@ class AdaLoRALinear(LoRALinear):
         """(..., in) -> (..., out)."""
         return super().adapted(x) if self.r else self.base_layer(x)
 
-    def right(self) -> Tensor:
-        """A * E, (r, in) float32."""
-        return self.lora_A * self.lora_E
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A * E, (r, in), and B, (out, r); float32."""
+        return self.lora_A * self.lora_E, self.lora_B
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """A, B and E."""

@@ -197,7 +197,7 @@ def fold_into_lora(model: nn.Module) -> None:
 def _plain(layer: AdaLoRALinear, kept: Tensor) -> AdapterLayer:
     """The layer's kept ranks (a mask, (r,)) as a LoRALinear."""
     plain = LoRALinear(layer.base_layer, int(kept.sum()), 1.0, layer.dropout)
-    plain.lora_A.data.copy_(layer.right().detach()[kept])
+    plain.lora_A.data.copy_(layer.factors()[0].detach()[kept])
     plain.lora_B.data.copy_(layer.lora_B.detach()[:, kept] * layer.scaling)
     for parameter in plain.tensors().values():
         parameter.requires_grad_(layer.lora_A.requires_grad)
