@@ -86,13 +86,13 @@ class LoRALinear(AdapterLayer):
         """A and B."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
-    def delta(self) -> Tensor:
-        """What the path adds to the weight: scaling * B A, (out, in) float32."""
-        return (self.lora_B.detach() @ self.lora_A.detach()).mul_(self.scaling)
+    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the path adds to the weight: scaling * B A, (out, in), computed in dtype."""
+        return (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype)).mul_(self.scaling)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W + scaling * B A, (out, in)."""
-        return self.base_weight().to(dtype) + self.delta().to(dtype)
+        return self.base_weight().to(dtype) + self.delta(dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""

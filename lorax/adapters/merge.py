@@ -4,23 +4,27 @@
 
 computed in float32 and rounded once to the base's dtype. On a quantized base W is the dequantized
 weight and the result stays dense: quantizing it again would throw away most of what was learned
-(PEFT does, and moves the logits by 0.1 to 0.26 of their size).
+(PEFT does, and moves the logits by 0.1 to 0.26 of their size). The other ways, and what they cost,
+are in routes.py; `take_route` takes one of them.
 
 The base is never written to. Merging sets a dense Linear beside it; unmerging takes it away.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lorax.adapters import routes
 from lorax.adapters.inject import replace_module, require_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.errors import AdapterError
+from lorax.quant.linear import QuantizedLinear
+from lorax.quant.nf4 import FourBitTensor
 
 
 @dataclass(frozen=True)
@@ -76,23 +80,30 @@ def unmerge_adapter(model: nn.Module) -> None:
         layer.merged = None
 
 
-def unload_adapter(model: nn.Module, merge: bool = False) -> MergeReport | None:
+def unload_adapter(
+    model: nn.Module,
+    merge: bool = False,
+    how: Callable[[str, AdapterLayer], tuple[nn.Module, float]] | None = None,
+) -> MergeReport | None:
     """Take the adapter's modules out of the model, in place.
 
     Args:
         model: a model with an adapter.
         merge: leave the adapter's effect in the weights; a quantized layer then becomes dense.
             A head that was tied to the embedding gets a weight of its own, and the config says so.
+        how: a layer's path and the layer -> what takes its place, and the share that this loses;
+            `merged_layer` if not given.
 
     Returns:
         With `merge`, what it cost.
     """
     layers = require_adapter(model)
     errors = {}
-    for name, layer in layers.items():
+    for name in list(layers):
+        layer = layers.pop(name)  # so that what it held is freed before the next one is made
         module = layer.base_layer
         if merge:
-            merged, errors[name] = merged_layer(layer)
+            merged, errors[name] = merged_layer(layer) if how is None else how(name, layer)
             module = merged.train(layer.training)
         replace_module(model, name, module)
     del model.adapter_config
@@ -100,28 +111,55 @@ def unload_adapter(model: nn.Module, merge: bool = False) -> MergeReport | None:
         return None
     if "lm_head" in errors:
         model.config = dataclasses.replace(model.config, tie_word_embeddings=False)  # type: ignore
-    last = model.get_submodule(next(iter(errors))).weight
-    assert isinstance(last, torch.Tensor)
-    return MergeReport(errors, last.dtype)
+    first = model.get_submodule(next(iter(errors)))
+    weight = first if isinstance(first, QuantizedLinear) else first.weight
+    assert isinstance(weight.dtype, torch.dtype)
+    return MergeReport(errors, weight.dtype)
 
 
 def merged_layer(layer: AdapterLayer) -> tuple[nn.Module, float]:
     """The layer as one dense, frozen module, and the share of the adapter lost to rounding."""
-    base = layer.dense_base()
-    assert isinstance(base.weight, torch.Tensor)
-    before = base.weight.detach()
-    exact = layer.effective_weight()
-    weight = exact.to(before.dtype)
-    # The exact weight itself is held in float32, so for a float32 base the loss is that of one
-    # addition; it is measured against float64 there.
-    if before.dtype == torch.float32:
-        exact = layer.effective_weight(torch.float64)
-    size = (exact - before.to(exact.dtype)).norm().item()
-    lost = (weight.to(exact.dtype) - exact).norm().item()
-    merged = copy.copy(base)
-    merged._parameters = dict(base._parameters)
-    merged.weight = nn.Parameter(weight, requires_grad=False)
-    bias = layer.effective_bias()
-    if bias is not None:
-        merged.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return merged.eval(), lost / size if size else 0.0
+    dense = routes.Route(layer.base_weight().dtype)
+    routed = routes.route_layer("", layer, dense)
+    return routed.module, routed.cost.share
+
+
+def take_route(
+    model: nn.Module, route: routes.Route, original: routes.Original | None = None
+) -> tuple[dict[str, routes.LayerCost], dict[str, tuple[Tensor, Tensor]]]:
+    """Merge the adapter by this route and take its modules out, in place, layer by layer.
+
+    Args:
+        model: with an adapter.
+        route: the route; all that is dense comes out in its dtype.
+        original: where the weights from before quantization are; for the routes that want them.
+
+    Returns:
+        What each adapted layer lost, and the residuals (A, B), both by path.
+
+    Raises:
+        AdapterError: there is no adapter. QuantizationError: a merged weight is not finite.
+    """
+    costs: dict[str, routes.LayerCost] = {}
+    residuals: dict[str, tuple[Tensor, Tensor]] = {}
+    adapted = set(require_adapter(model))
+    others = [name for name in routes.routed_modules(model, route) if name not in adapted]
+
+    def merged(name: str, layer: nn.Module) -> tuple[nn.Module, float]:
+        routed = routes.route_layer(name, layer, route, original)
+        if routed.residual is not None:
+            residuals[name] = routed.residual
+        costs[name] = routed.cost
+        return routed.module, routed.cost.share
+
+    for name in others:
+        replace_module(model, name, merged(name, model.get_submodule(name))[0])
+        del costs[name]
+    unload_adapter(model, merge=True, how=merged)
+    model.to(route.dtype)
+    for module in model.modules():  # those that stay quantized are decoded to that dtype too
+        if isinstance(module, QuantizedLinear):
+            module.dtype = route.dtype
+            if isinstance(module.quantized, FourBitTensor):
+                module.quantized = dataclasses.replace(module.quantized, dtype=route.dtype)
+    return costs, residuals
