@@ -249,7 +249,7 @@ def merge(
     """
     from lorax.verify import merging
 
-    merging.check_request(output, report, route, format, residual_rank)
+    merging.check_request(output, report, route, format, residual_rank, text)
     laboratory, tokenizer = merging.open_laboratory(
         adapter, base, dtype=dtype, device=device, quantization=quantization, original=original
     )

@@ -464,6 +464,7 @@ REFUSED = [
     (2, "expected 0 or more", f"{QLORA} --format nf4 --residual-rank -1"),
     (2, "says it all", f"{QLORA} --route nf4 --format nf4"),
     (2, "or --report", "merge llama-adapter"),
+    (2, "give --report, too", f"{QLORA} --text text.txt"),
     (2, "no-such.txt: cannot be read", f"{QLORA} --report --text no-such.txt"),
     (4, "a prompt changes no weight", "merge prompt new"),
     (4, "a prompt changes no weight", "merge prompt new --report"),

@@ -138,7 +138,8 @@ def take_route(
         What each adapted layer lost, and the residuals (A, B), both by path.
 
     Raises:
-        AdapterError: there is no adapter. QuantizationError: a merged weight is not finite.
+        AdapterError: there is no adapter. QuantizationError: a merged weight is not finite, and the
+            model is then merged in part.
     """
     costs: dict[str, routes.LayerCost] = {}
     residuals: dict[str, tuple[Tensor, Tensor]] = {}

@@ -289,14 +289,21 @@ class Laboratory:
 
 
 def check_request(
-    output: Path | None, report: bool, route: str | None, format: str | None, residual_rank: int
+    output: Path | None,
+    report: bool,
+    route: str | None,
+    format: str | None,
+    residual_rank: int,
+    text: Path | None = None,
 ) -> None:
     """Refuse what cannot be done, before anything is loaded.
 
     Raises:
-        UsageError: nothing to write and no report, a path that is taken, an unknown route, or a
-            route together with the options that choose one.
+        UsageError: nothing to write and no report, a text and no report, a path that is taken, an
+            unknown route, or a route together with the options that choose one.
     """
+    if text is not None and not report:
+        raise UsageError(f"--text {text} is what --report measures on; give --report, too")
     if output is None and not report:
         raise UsageError("give a directory to write, or --report to compare the routes alone")
     if output is not None:
