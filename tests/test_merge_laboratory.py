@@ -365,6 +365,7 @@ def test_transformers_opens_what_is_written(kind, which, route, place, tmp_path)
         # bitsandbytes multiplies in the dtype it decodes to: compare the weights, bit for bit.
         theirs = opened(out, dtype=route.dtype)
         assert_same_weights(lorax.load_model(out), theirs)
+        assert (logits(mine, text()) - measured).abs().max() <= 1e-5 * measured.abs().max()
         return
     theirs = opened(out, dtype=torch.float32)
     quantized = {n: m for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
@@ -417,7 +418,10 @@ def test_requantizing_is_what_peft_does(kind, place, tmp_path):
 @pytest.mark.parametrize("name", ["llama-head", "tied-head"])
 def test_a_head_stays_dense_and_unties(name, route, place, tmp_path):
     lab = merging.open_laboratory(str(place / name), quantization="nf4-dq", dtype="float32")[0]
-    cost = lab.write(Route.parse(route, torch.float32), tmp_path / "out", None)
+    taken = Route.parse(route, torch.float32)
+    with torch.no_grad(), merging.on_route(lab.model, taken, lab.original, lambda *a: None):
+        measured = lab.model(text())
+    cost = lab.write(taken, tmp_path / "out", None)
     assert cost.layers["lm_head"].share < 0.5
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
@@ -428,6 +432,8 @@ def test_a_head_stays_dense_and_unties(name, route, place, tmp_path):
     if route.endswith("+r2"):
         residual = json.loads((tmp_path / "out/residual/adapter_config.json").read_text())
         assert "lm_head" not in residual["target_modules"]
+        lorax.load_adapter(mine, tmp_path / "out/residual")
+    assert (logits(mine, text()) - measured).abs().max() <= 1e-5 * measured.abs().max()
 
 
 def test_a_model_read_in_four_bits_has_no_original_until_one_is_given(place, tmp_path, run):

@@ -226,15 +226,22 @@ def decode_to_float32(model: nn.Module) -> None:
 
 
 def routed_modules(model: nn.Module, route: Route) -> dict[str, nn.Module]:
-    """What the route replaces, by path: the adapted layers, and the Linears that it changes too."""
+    """What the route replaces, by path: the adapted layers, and what it changes besides.
+
+    That is the Linears that become quantized or dense, and a table that is tied to an adapted one.
+    """
     adapted: dict[str, nn.Module] = dict(adapter_layers(model))
     inside = tuple(f"{name}." for name in adapted)
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | QuantizedLinear) and not name.startswith(inside)
-    }
-    return adapted | {name: m for name, m in linears.items() if route.changes(name, m)}
+    held = {id(p) for layer in adapted.values() for p in layer.parameters()}
+    found = dict(adapted)
+    for name, module in model.named_modules():
+        if name in adapted or name.startswith(inside):
+            continue
+        is_linear = isinstance(module, nn.Linear | QuantizedLinear)
+        is_tied = any(id(p) in held for p in module.parameters(recurse=False))
+        if is_tied or (is_linear and route.changes(name, module)):
+            found[name] = module
+    return found
 
 
 class _OnTheWay(nn.Module):
