@@ -79,6 +79,8 @@ def merging() -> str:
 
 
 def percent(share: float) -> str:
+    if share >= 10:
+        return f"{100 * share:,.0f} %"
     return f"{100 * share:.3g} %" if share >= 1e-4 else f"{100 * share:.1e} %"
 
 

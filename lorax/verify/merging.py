@@ -526,6 +526,8 @@ def _percent(share: float) -> str:
     """Three digits, small ones as powers of ten."""
     if not math.isfinite(share):
         return "overflow"
+    if share >= 10:
+        return f"{100 * share:,.0f} %"
     return f"{100 * share:.3g} %" if share >= 1e-4 or share == 0 else f"{100 * share:.1e} %"
 
 
