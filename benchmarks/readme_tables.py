@@ -63,6 +63,27 @@ def codebooks() -> str:
     return "\n".join(lines)
 
 
+def merging() -> str:
+    found = results("merging-cpu")
+    lines = [
+        "| route | lost of the weights' change | KL, nats a token | logits moved | MB |",
+        "|---|---|---|---|---|",
+    ]
+    for r in sorted(found["routes"], key=lambda r: r["kl"]):
+        lines.append(
+            f"| {r['route']} | {percent(r['lost'])} | {r['kl']:.1e} | {percent(r['of_effect'])} | "
+            f"{r['nbytes'] / 1e6:.0f} |"
+        )
+    lines.append(f"| no adapter | 100 % | {found['adapter_kl']:.1e} | 100 % | |")
+    return "\n".join(lines)
+
+
+def percent(share: float) -> str:
+    if share >= 10:
+        return f"{100 * share:,.0f} %"
+    return f"{100 * share:.3g} %" if share >= 1e-4 else f"{100 * share:.1e} %"
+
+
 def gpu() -> str:
     return gpu_suite.table(RESULTS)
 
@@ -71,6 +92,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training_step": training_step,
     "quantization": quantization,
     "codebooks": codebooks,
+    "merging": merging,
     "gpu": gpu,
 }
 

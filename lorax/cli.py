@@ -194,40 +194,92 @@ def evaluate(
 @app.command
 def merge(
     adapter: str,
-    output: Path,
+    output: Path | None = None,
     /,
     *,
+    report: Annotated[
+        bool, Parameter(help="First compare all routes, by layer and on text.", negative="")
+    ] = False,
+    route: Annotated[
+        str | None,
+        Parameter(
+            help="float32, bfloat16 or float16 (dense, over the weights that were trained over); "
+            "original-bfloat16 (over those from before quantization); nf4-dq (quantized again); "
+            "nf4-dq+r16 (the same, with a residual adapter of rank 16)."
+        ),
+    ] = None,
+    format: Annotated[
+        str | None, Parameter(help="A 4-bit output: nf4, nf4-dq, fp4 or fp4-dq.")
+    ] = None,
+    residual_rank: Annotated[
+        int,
+        Parameter(help="Keep what quantizing loses in an adapter of this rank, in OUT/residual."),
+    ] = 0,
+    text: Annotated[
+        Path | None, Parameter(help="The report's text; Python's own, if none.")
+    ] = None,
+    tokens: Annotated[Positive, Parameter(help="How many tokens of it.")] = 1024,
     base: Base = None,
-    quantization: Quantization = None,
+    original: Annotated[
+        str | None, Parameter(help="The weights from before quantization, if not the base's files.")
+    ] = None,
+    quantization: Annotated[
+        str | None,
+        Parameter(
+            help="What the adapter was trained over: nf4-dq and the others, or none. A run's "
+            "adapter knows it."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     check_base: CheckBase = True,
+    json: Json = False,
 ) -> None:
-    """Merge an adapter into its base and write a plain model that transformers opens.
+    """Merge an adapter into its base and write a model that transformers opens.
+
+    Of the routes that give what is asked for, the one that loses least of the adapter is taken.
+    Without --format that is a dense model in the base's dtype; over a quantized base it holds the
+    dequantized weights, which are what a QLoRA adapter was trained over. Linears that the adapter
+    leaves alone stay quantized.
 
     Parameters
     ----------
     adapter
-        The adapter's directory.
+        The adapter's directory, or a run's.
     output
-        The model's directory; must be missing or empty.
-    quantization
-        nf4-dq and the others merge into the dequantized weights, the ones that a QLoRA adapter
-        was trained on; without it, into the weights as they are in the base's files.
-        What the adapter leaves alone stays quantized.
+        The model's directory; must be missing or empty. Without it, --report writes nothing.
+    dtype
+        The base's in training, and the output's unless --route names another.
     """
-    from lorax.adapters.merge import unload_adapter
-    from lorax.formats.directory import check_free
-    from lorax.formats.huggingface import save_model
+    from lorax.verify import merging
 
-    check_free(output)
-    model, tokenizer = _open(
-        adapter, base, dtype, device, quantization, check_base, needs_adapter=True
+    merging.check_request(output, report, route, format, residual_rank, text)
+    laboratory, tokenizer = merging.open_laboratory(
+        adapter,
+        base,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        original=original,
+        check_base=check_base,
     )
-    report = unload_adapter(model, merge=True)
-    save_model(model, output, tokenizer=tokenizer)
-    out.print(str(report), highlight=False, soft_wrap=True)
-    out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+    chosen = laboratory.requested(route, format, residual_rank)
+    found = None
+    if report:
+        ids = merging.sample(tokenizer, laboratory.model.max_positions, text, tokens)
+        compared = laboratory.routes(residual_rank, also=chosen)
+        found = laboratory.compare(compared, ids, lambda name: _note(f"measuring {name}"))
+        if not json:
+            for table in merging.tables(found):
+                out.print(table)
+    cost = laboratory.choose(chosen, found)
+    if output is not None:
+        laboratory.write(cost.route, output, tokenizer)
+    if json:
+        _print_json(merging.as_dict(laboratory, found, cost, output))
+        return
+    for line in merging.summary(laboratory, cost, output):
+        _say(line)
 
 
 inspect = App(
@@ -542,6 +594,11 @@ def _open(
 
 def _say(text: str) -> None:
     out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _note(text: str) -> None:
+    if err.is_terminal:
+        err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(value: dict[str, Any]) -> None:

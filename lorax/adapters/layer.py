@@ -53,7 +53,7 @@ class AdapterLayer(nn.Module):
 
     def effective_bias(self) -> Tensor | None:
         """The bias that goes with it: the base's, unless the variant trains one."""
-        return self.dense_base().bias  # type: ignore[return-value]
+        return getattr(self.base_layer, "bias", None)
 
     def dense_base(self) -> nn.Module:
         """The base as a plain Linear or Embedding: itself, or dequantized."""

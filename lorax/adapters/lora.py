@@ -93,14 +93,14 @@ class LoRALinear(AdapterLayer):
         """A and B."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
-    def delta(self) -> Tensor:
-        """What the path adds to the weight: scaling * B A, (out, in) float32."""
+    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the path adds to the weight: scaling * B A, (out, in), computed in dtype."""
         A, B = self.factors()
-        return (B.detach() @ A.detach()).mul_(self.scaling)
+        return (B.detach().to(dtype) @ A.detach().to(dtype)).mul_(self.scaling)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W + scaling * B A, (out, in)."""
-        return self.frozen_weight().to(dtype) + self.delta().to(dtype)
+        return self.frozen_weight().to(dtype) + self.delta(dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""

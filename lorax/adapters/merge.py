@@ -4,26 +4,30 @@
 
 computed in float32 and rounded once to the base's dtype. On a quantized base W is the dequantized
 weight and the result stays dense: quantizing it again would throw away most of what was learned
-(PEFT does, and moves the logits by 0.1 to 0.26 of their size).
+(PEFT does, and moves the logits by 0.1 to 0.26 of their size). The other ways, and what they cost,
+are in routes.py; `take_route` takes one of them.
 
 The base is never written to. Merging sets a dense Linear beside it; unmerging takes it away.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lorax.adapters import routes
 from lorax.adapters.inject import replace_module, require_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.replaced import forget, put_back
-from lorax.adapters.tokens import tie_merged
+from lorax.adapters.tokens import TokenRows, tie_merged
 from lorax.errors import AdapterError
+from lorax.quant.linear import QuantizedLinear
+from lorax.quant.nf4 import FourBitTensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,10 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     layers = require_adapter(model)
     if any(layer.merged is not None for layer in layers.values()):
         raise AdapterError("the adapter is merged already")
-    merged, errors = _merged(layers)
+    merged, errors = {}, {}
+    for name, layer in layers.items():
+        merged[name], errors[name] = merged_layer(layer)
+    tie_merged(layers, merged)
     for name, layer in layers.items():
         layer.merged = merged[name]
     return MergeReport(errors, next(iter(layers.values())).base_weight().dtype)
@@ -78,7 +85,11 @@ def unmerge_adapter(model: nn.Module) -> None:
         layer.merged = None
 
 
-def unload_adapter(model: nn.Module, merge: bool = False) -> MergeReport | None:
+def unload_adapter(
+    model: nn.Module,
+    merge: bool = False,
+    how: Callable[[str, AdapterLayer], tuple[nn.Module, float]] | None = None,
+) -> MergeReport | None:
     """Take the adapter's modules out of the model, in place.
 
     Args:
@@ -87,6 +98,8 @@ def unload_adapter(model: nn.Module, merge: bool = False) -> MergeReport | None:
             What was trained as a whole stays. Where that makes a head differ from the embedding
             that it was tied to, it has a weight of its own, and the config says so. Without
             `merge` the base is as it was loaded.
+        how: a layer's path and the layer -> what takes its place, and the share that this loses;
+            `merged_layer` if not given.
 
     Returns:
         With `merge`, what it cost.
@@ -98,25 +111,21 @@ def unload_adapter(model: nn.Module, merge: bool = False) -> MergeReport | None:
             replace_module(model, name, layer.base_layer)
         del model.adapter_config
         return None
-    merged, errors = _merged(layers)
-    for name, layer in layers.items():
-        replace_module(model, name, merged[name].train(layer.training))
+    errors = {}
+    rows = {name: layer for name, layer in layers.items() if isinstance(layer, TokenRows)}
+    for name in list(layers):
+        layer = layers.pop(name)  # so that what it held is freed before the next one is made
+        merged, errors[name] = merged_layer(layer) if how is None else how(name, layer)
+        replace_module(model, name, merged.train(layer.training))
+    tie_merged(rows, {name: model.get_submodule(name) for name in rows})
     forget(model)
     del model.adapter_config
     _say_if_untied(model)
     model.loaded_from = None  # type: ignore[assignment]
-    last = model.get_submodule(next(iter(errors))).weight
-    assert isinstance(last, torch.Tensor)
-    return MergeReport(errors, last.dtype)
-
-
-def _merged(layers: dict[str, AdapterLayer]) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """The dense module of each layer, and what rounding cost it."""
-    merged, errors = {}, {}
-    for name, layer in layers.items():
-        merged[name], errors[name] = merged_layer(layer)
-    tie_merged(layers, merged)
-    return merged, errors
+    first = model.get_submodule(next(iter(errors)))
+    weight = first if isinstance(first, QuantizedLinear) else first.weight
+    assert isinstance(weight.dtype, torch.dtype)
+    return MergeReport(errors, weight.dtype)
 
 
 def _say_if_untied(model: nn.Module) -> None:
@@ -130,21 +139,48 @@ def _say_if_untied(model: nn.Module) -> None:
 
 def merged_layer(layer: AdapterLayer) -> tuple[nn.Module, float]:
     """The layer as one dense, frozen module, and the share of the adapter lost to rounding."""
-    base = layer.dense_base()
-    assert isinstance(base.weight, torch.Tensor)
-    before = base.weight.detach()
-    exact = layer.effective_weight()
-    weight = exact.to(before.dtype)
-    # The exact weight itself is held in float32, so for a float32 base the loss is that of one
-    # addition; it is measured against float64 there.
-    if before.dtype == torch.float32:
-        exact = layer.effective_weight(torch.float64)
-    size = (exact - before.to(exact.dtype)).norm().item()
-    lost = (weight.to(exact.dtype) - exact).norm().item()
-    merged = copy.copy(base)
-    merged._parameters = dict(base._parameters)
-    merged.weight = nn.Parameter(weight, requires_grad=False)
-    bias = layer.effective_bias()
-    if bias is not None:
-        merged.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return merged.eval(), lost / size if size else 0.0
+    dense = routes.Route(layer.base_weight().dtype)
+    routed = routes.route_layer("", layer, dense)
+    return routed.module, routed.cost.share
+
+
+def take_route(
+    model: nn.Module, route: routes.Route, original: routes.Original | None = None
+) -> tuple[dict[str, routes.LayerCost], dict[str, tuple[Tensor, Tensor]]]:
+    """Merge the adapter by this route and take its modules out, in place, layer by layer.
+
+    Args:
+        model: with an adapter.
+        route: the route; all that is dense comes out in its dtype.
+        original: where the weights from before quantization are; for the routes that want them.
+
+    Returns:
+        What each adapted layer lost, and the residuals (A, B), both by path.
+
+    Raises:
+        AdapterError: there is no adapter. QuantizationError: a merged weight is not finite, and the
+            model is then merged in part.
+    """
+    costs: dict[str, routes.LayerCost] = {}
+    residuals: dict[str, tuple[Tensor, Tensor]] = {}
+    adapted = set(require_adapter(model))
+    others = [name for name in routes.routed_modules(model, route) if name not in adapted]
+
+    def merged(name: str, layer: nn.Module) -> tuple[nn.Module, float]:
+        routed = routes.route_layer(name, layer, route, original)
+        if routed.residual is not None:
+            residuals[name] = routed.residual
+        costs[name] = routed.cost
+        return routed.module, routed.cost.share
+
+    for name in others:
+        replace_module(model, name, merged(name, model.get_submodule(name))[0])
+        del costs[name]
+    unload_adapter(model, merge=True, how=merged)
+    model.to(route.dtype)
+    for module in model.modules():  # those that stay quantized are decoded to that dtype too
+        if isinstance(module, QuantizedLinear):
+            module.dtype = route.dtype
+            if isinstance(module.quantized, FourBitTensor):
+                module.quantized = dataclasses.replace(module.quantized, dtype=route.dtype)
+    return costs, residuals

@@ -13,6 +13,8 @@ are touched.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -131,7 +133,7 @@ def put_rows(model: nn.Module, found: dict[str, tuple[list[int], bool]]) -> None
         setattr(model.get_submodule(parent), child, layer.train(module.training))
 
 
-def tie_merged(layers: dict[str, AdapterLayer], merged: dict[str, nn.Module]) -> None:
+def tie_merged(layers: Mapping[str, AdapterLayer], merged: dict[str, nn.Module]) -> None:
     """Let a merged head that follows the embedding's rows be the merged embedding again."""
     rows = {n: layer for n, layer in layers.items() if isinstance(layer, TokenRows)}
     for name, layer in rows.items():

@@ -1,0 +1,590 @@
+"""The merge laboratory: what each route of merging loses, before anything is written.
+
+Two measures, both against the unmerged adapter over the base that it was trained over, in float32:
+
+- by layer, ||written - exact|| / ||effect||: the share of the adapter's own change of the weights
+  that the route loses (lorax/adapters/routes.py). It needs no text.
+- in all, on real text: KL(unmerged || merged), the mean over the tokens in nats, and how far the
+  logits move, as a share of how far the adapter itself moves them.
+
+The default is the route that loses least of those that give what is asked for: by KL in a report,
+else by the share of all layers together. Among dense outputs of one dtype the two agree; elsewhere
+they need not, because weights count a change in any direction: on SmolLM2 the original base is 10
+times the adapter's effect away in weights and 0.18 nats in KL, requantizing 1.07 times and 0.67.
+
+The merged logits are computed in float32 from the weights that the route writes, so what is seen
+is the weights' loss and not that of computing in few bits. There is one model; each layer's routed
+weights are made when the layer computes, and forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from lorax.adapters.inject import adapter_layers, disabled_adapter, require_adapter
+from lorax.adapters.layer import AdapterLayer
+from lorax.adapters.merge import take_route
+from lorax.adapters.routes import (
+    DTYPES,
+    LayerCost,
+    Original,
+    Route,
+    RoutedLayer,
+    decode_to_float32,
+    on_route,
+    route_layer,
+)
+from lorax.data.docstrings import HELD_OUT_MODULES, QUESTION, pairs
+from lorax.data.tokenizer import Tokenizer
+from lorax.errors import AdapterError, UsageError
+from lorax.formats import bitsandbytes, fingerprint
+from lorax.formats.directory import check_free
+from lorax.formats.huggingface import ModelFiles, open_model_files
+from lorax.formats.json_files import parse_json, read_json
+from lorax.formats.merged_model import RESIDUAL, write_merged
+from lorax.formats.peft import CONFIG, TENSORS, open_model, read_adapter_config
+from lorax.formats.safetensors_files import read_metadata
+from lorax.models import Model
+from lorax.quant import nf4
+from lorax.quant.formats import FORMATS
+from lorax.quant.linear import QuantizedLinear
+
+TOKENS = 1024
+ROW_TOKENS = 128
+RESIDUAL_RANK = 16
+KL_CHUNK = 64  # tokens whose float64 probabilities are held at a time
+
+
+@dataclass(frozen=True)
+class LogitsCost:
+    """How far a route moves the model, on text.
+
+    kl: the mean over tokens of KL(unmerged || merged), nats; kl_worst: the largest token's.
+    moved: RMS of the logits' difference / RMS of the unmerged logits; of_effect: / RMS of how far
+    the adapter moves them.
+    """
+
+    kl: float
+    kl_worst: float
+    moved: float
+    of_effect: float
+
+
+@dataclass(frozen=True)
+class RouteCost:
+    """What a route costs: by adapted layer; on text, if that was measured; and bytes to store."""
+
+    route: Route
+    layers: dict[str, LayerCost]
+    nbytes: int = 0
+    logits: LogitsCost | None = None
+
+    @property
+    def share(self) -> float:
+        """Of the adapter's effect on all layers together, what is lost (not finite: infinity)."""
+        lost, effect = (
+            math.hypot(*(getattr(cost, part) for cost in self.layers.values()))
+            for part in ("lost", "effect")
+        )
+        return _sortable(lost / effect if effect else 0.0)
+
+    @property
+    def loss(self) -> float:
+        """What routes are chosen by: KL where it was measured, else the share."""
+        return self.share if self.logits is None else _sortable(self.logits.kl)
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The layer that loses the largest share, and that share."""
+        name = max(self.layers, key=lambda name: _sortable(self.layers[name].share))
+        return name, self.layers[name].share
+
+    @property
+    def captured(self) -> float | None:
+        """Of the square of what quantizing lost, what the residual holds, all layers together."""
+        found = [c for c in self.layers.values() if c.captured is not None]
+        before = sum(c.lost**2 / (1 - c.captured) for c in found if c.captured not in (None, 1.0))
+        rest = sum(c.lost**2 for c in found)
+        return None if not found else (1 - rest / before if before else 1.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; what is not finite is null."""
+        name, share = self.worst
+        layers = {n: _finite(cost.share) for n, cost in self.layers.items()}
+        found: dict[str, Any] = {"route": self.route.name, "lost": _finite(self.share)}
+        found |= {"worst_layer": name, "worst_lost": _finite(share), "captured": self.captured}
+        found |= {"nbytes": self.nbytes, "layers": layers}
+        for key in ("kl", "kl_worst", "moved", "of_effect"):
+            found[key] = None if self.logits is None else _finite(getattr(self.logits, key))
+        return found
+
+
+@dataclass(frozen=True)
+class Report:
+    """All routes, and how large the adapter itself is on the same text."""
+
+    tokens: int
+    routes: list[RouteCost]
+    adapter: LogitsCost  # of leaving the adapter out
+
+
+class Laboratory:
+    """A model with its adapter, over what it was trained over, and the routes out of there.
+
+    dtype: what dense weights are to come out in, if no route says otherwise.
+    quantization: the format of the quantized weights that the adapter stands over, or None.
+    original: where these weights are from before they were quantized, or None.
+    """
+
+    def __init__(self, model: Model, original: Original | None = None):
+        layers = require_adapter(model)
+        self.model = model
+        self.original = original
+        self.dtype = _embedding(model).dtype
+        bases = [layer.base_layer for layer in layers.values()]
+        formats = [b.quantized.format for b in bases if isinstance(b, QuantizedLinear)]
+        self.quantization = formats[0] if formats else None
+        decode_to_float32(model)
+
+    def fitting(self, format: str | None = None, residual_rank: int = 0) -> list[Route]:
+        """The routes that give what is asked for: dense in `dtype`, or a 4-bit format.
+
+        Raises:
+            UsageError: no such format, or a residual for a dense model.
+        """
+        if format is not None:
+            if format not in nf4.FORMATS:
+                raise UsageError(f"format {format!r}: expected one of {', '.join(nf4.FORMATS)}")
+            return [Route(self.dtype, format=format, residual_rank=residual_rank)]
+        if residual_rank:
+            raise UsageError("--residual-rank goes with a 4-bit output: --format nf4-dq")
+        dense = [Route(self.dtype)]
+        return dense if self.original is None else [*dense, Route(self.dtype, original=True)]
+
+    def requested(
+        self, route: str | None = None, format: str | None = None, residual_rank: int = 0
+    ) -> list[Route]:
+        """The routes to choose from: the one of that name, or all that fit.
+
+        Raises:
+            UsageError: no such route or format, one that has nowhere to start here, or a residual
+                for a dense model.
+        """
+        if route is None:
+            return self.fitting(format, residual_rank)
+        found = Route.parse(route, self.dtype)
+        self.check(found)
+        return [found]
+
+    def routes(self, residual_rank: int = 0, also: Sequence[Route] = ()) -> list[Route]:
+        """The routes that a report compares, and those that were asked for."""
+        dense = [Route(dtype) for dtype in DTYPES.values()]
+        if self.original is not None:
+            wanted = dict.fromkeys((torch.float32, self.dtype))
+            dense += [Route(dtype, original=True) for dtype in wanted]
+        mine = self.quantization if self.quantization in nf4.FORMATS else None
+        formats = [mine] if mine else ["nf4", "nf4-dq"]
+        rank = residual_rank or RESIDUAL_RANK
+        left = Route(self.dtype, format=formats[-1], residual_rank=rank)
+        quantized = [Route(self.dtype, format=f) for f in formats]
+        return list(dict.fromkeys([*dense, *quantized, left, *also]))
+
+    def check(self, route: Route) -> None:
+        """Refuse a route that asks for weights from before quantization where there are none."""
+        if route.original and self.original is None:
+            why = "is not quantized" if self.quantization is None else "was read in its few bits"
+            raise UsageError(
+                f"route {route.name}: the base {why}; take {Route(route.dtype).name}"
+                + ("" if self.quantization is None else ", or give the original with --original")
+            )
+
+    def weigh(self, route: Route) -> RouteCost:
+        """What a route costs by layer; one layer at a time, and no text."""
+        self.check(route)
+        layers = adapter_layers(self.model)
+        costs = {n: route_layer(n, m, route, self.original).cost for n, m in layers.items()}
+        return RouteCost(route, costs)
+
+    def choose(self, routes: Sequence[Route], report: Report | None = None) -> RouteCost:
+        """The route that loses least of the adapter; the first of equals.
+
+        report: what has been measured already.
+
+        Raises:
+            AdapterError: the merged weights are not finite, in a dtype of too small a range.
+        """
+        known = {cost.route: cost for cost in report.routes} if report else {}
+        costs = [known.get(route) or self.weigh(route) for route in routes]
+        best = min(costs, key=lambda cost: cost.loss)
+        if not math.isfinite(best.share):
+            raise AdapterError(
+                f"route {best.route.name}: {best.worst[0]} is not finite when merged; take a dtype "
+                "of a larger range, such as bfloat16"
+            )
+        return best
+
+    @torch.no_grad()
+    def compare(
+        self,
+        routes: Sequence[Route],
+        ids: Tensor,
+        progress: Callable[[str], None] = lambda name: None,
+    ) -> Report:
+        """Measure routes by layer and on text.
+
+        routes: each measured by itself, one after the other.
+        ids: (rows, T) int64. progress: is told each route's name before it is measured.
+
+        The model is in float32 afterwards, and else as it was.
+        """
+        for route in routes:
+            self.check(route)
+        self.model.float().eval()
+        ids = ids.to(_embedding(self.model).device)
+        progress("the adapter itself")
+        unmerged = self.model(ids)  # (rows, T, V)
+        with disabled_adapter(self.model):
+            base = self.model(ids)
+        effect = _distance(base, unmerged)
+        adapter = logits_cost(unmerged, base, effect)
+        del base
+        costs = []
+        for route in routes:
+            progress(route.name)
+            costs.append(self._measure(route, ids, unmerged, effect))
+        return Report(ids.numel(), costs, adapter)
+
+    def _measure(self, route: Route, ids: Tensor, unmerged: Tensor, effect: float) -> RouteCost:
+        adapted = adapter_layers(self.model)
+        costs: dict[str, LayerCost] = {}
+        sizes: dict[str, int] = {}
+
+        def record(name: str, routed: RoutedLayer) -> None:
+            sizes[name] = routed.nbytes
+            if name in adapted:
+                costs[name] = routed.cost
+
+        with on_route(self.model, route, self.original, record):
+            merged = self.model(ids)
+        layers = {name: costs[name] for name in adapted}  # in the model's order
+        nbytes = sum(sizes.values()) + _rest_bytes(self.model, set(sizes), route)
+        return RouteCost(route, layers, nbytes, logits_cost(unmerged, merged, effect))
+
+    def write(self, route: Route, path: Path, tokenizer: Tokenizer | None) -> RouteCost:
+        """Merge by this route and write the model; the laboratory is used up."""
+        self.check(route)
+        costs, residuals = take_route(self.model, route, self.original)
+        write_merged(self.model, path, tokenizer, residuals)
+        return RouteCost(route, costs)
+
+
+def check_request(
+    output: Path | None,
+    report: bool,
+    route: str | None,
+    format: str | None,
+    residual_rank: int,
+    text: Path | None = None,
+) -> None:
+    """Refuse what cannot be done, before anything is loaded.
+
+    Raises:
+        UsageError: nothing to write and no report, a text and no report, a path that is taken, an
+            unknown route, or a route together with the options that choose one.
+    """
+    if text is not None and not report:
+        raise UsageError(f"--text {text} is what --report measures on; give --report, too")
+    if output is None and not report:
+        raise UsageError("give a directory to write, or --report to compare the routes alone")
+    if output is not None:
+        check_free(output)
+    if route is not None:
+        Route.parse(route, torch.float32)
+        if format is not None or residual_rank:
+            raise UsageError(f"--route {route} says it all; leave --format and --residual-rank out")
+    if residual_rank < 0:
+        raise UsageError(f"--residual-rank {residual_rank}: expected 0 or more")
+
+
+def open_laboratory(
+    adapter: str,
+    base: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    quantization: str | None = None,
+    original: str | None = None,
+    check_base: bool = True,
+) -> tuple[Laboratory, Tokenizer]:
+    """Load an adapter over the base that it was trained over.
+
+    Args:
+        adapter: its directory, or a run's.
+        base: the base, where the adapter's own entry does not lead to it.
+        dtype, quantization: of the base in training; where they are "auto" and None, what the run
+            says that the adapter belongs to. quantization "none": over the plain weights.
+        device: where to work.
+        original: a model with the weights from before quantization; if not given, the base's own
+            files, unless these are quantized.
+        check_base: as in `load_adapter`.
+
+    Raises:
+        AdapterError: a prompt, which no weights can hold. UsageError: `original` is another kind of
+            model, or quantized too. And all that `open_model` raises.
+    """
+    _refuse_prompts(adapter)
+    if quantization is None or dtype == "auto":
+        stated = trained_over(adapter)
+        dtype = stated.get("dtype", "auto") if dtype == "auto" else dtype
+        if quantization is None and not _is_quantized(adapter, base):
+            quantization = stated.get("quantization")
+    if quantization == "none":
+        quantization = None
+    model, tokenizer = open_model(
+        adapter,
+        base,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        needs_adapter=True,
+        check_base=check_base,
+    )
+    return Laboratory(model, _original(model, original)), tokenizer
+
+
+def trained_over(adapter: str) -> dict[str, str]:
+    """The base's "quantization" and "dtype" in training, as far as they are known.
+
+    From the config.toml of the run that the adapter belongs to, else from the fingerprint in the
+    adapter's own file.
+    """
+    directory = Path(adapter)
+    for run in (directory, directory.parent):
+        if (run / "config.toml").is_file() and (run / "adapter" / CONFIG).is_file():
+            try:
+                found = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise UsageError(f"{run / 'config.toml'}: cannot be read ({error})") from None
+            section = found.get("model")
+            values = section if isinstance(section, dict) else {}
+            return {k: str(values[k]) for k in ("quantization", "dtype") if k in values}
+    if (directory / TENSORS).is_file():
+        mark = read_metadata(directory / TENSORS).get(fingerprint.KEY)
+        stated = parse_json(mark, f"{directory / TENSORS}: {fingerprint.KEY}") if mark else {}
+        if stated.get("quantization") in FORMATS:
+            return {"quantization": stated["quantization"]}
+    return {}
+
+
+def _is_quantized(adapter: str, base: str | None) -> bool:
+    """Whether the base's own files are quantized: it then loads as it is."""
+    where = Path(adapter)
+    where = where / "adapter" if (where / "adapter" / CONFIG).is_file() else where
+    if not (where / CONFIG).is_file():
+        return False  # no adapter: refused when it is loaded
+    base = base or read_adapter_config(where)[1]
+    if base is None:
+        return False
+    return isinstance(open_model_files(base).source, bitsandbytes.QuantizedFiles)
+
+
+def _refuse_prompts(adapter: str) -> None:
+    for place in (Path(adapter) / "adapter" / CONFIG, Path(adapter) / CONFIG):
+        if place.is_file():
+            kind = read_json(place).get("peft_type")
+            if kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+                raise AdapterError(
+                    f"{place}: peft_type {kind}: a prompt changes no weight, so there is nothing "
+                    "to merge; keep it as an adapter"
+                )
+            return
+
+
+def _original(model: Model, path: str | None) -> Original | None:
+    """Where the quantized Linears' weights are from before; None where nothing is quantized."""
+    quantized = any(isinstance(m, QuantizedLinear) for m in model.modules())
+    if not quantized:
+        if path is not None:
+            raise UsageError(
+                f"--original {path}: the base is not quantized; it is its own original"
+            )
+        return None
+    files = open_model_files(path or model.name_or_path)
+    if isinstance(files.source, bitsandbytes.QuantizedFiles):
+        if path is not None:
+            raise UsageError(f"--original {path}: is quantized too")
+        return None
+    if files.model.config != model.config:
+        raise UsageError(f"--original {path}: its config.json is that of another model")
+    return partial(_read, files)
+
+
+def _read(files: ModelFiles, name: str) -> Tensor:
+    weight = files.read(f"{name}.weight")
+    assert weight is not None  # a tied head is not quantized
+    return weight.clone()
+
+
+def sample(
+    tokenizer: Tokenizer, max_positions: int, text: Path | None = None, tokens: int = TOKENS
+) -> Tensor:
+    """Rows of real text to measure on: (rows, T) int64, T at most ROW_TOKENS.
+
+    text: a file; if not given, questions about Python's library and the docstrings' answers.
+
+    Raises:
+        UsageError: the file cannot be read, or is shorter than two tokens.
+    """
+    if text is None:
+        found = pairs(HELD_OUT_MODULES)
+        written = "\n\n".join(f"{QUESTION.format(name=n)}\n{answer}" for n, answer in found)
+    else:
+        try:
+            written = text.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{text}: cannot be read as text ({error})") from None
+    start = tokenizer.encode("")  # a bos token, where the tokenizer sets one
+    width = min(ROW_TOKENS, max_positions, max(tokens, len(start) + 1))
+    step = width - len(start)
+    # A token is seldom more than eight characters: the rest of a long file is not looked at.
+    ids = tokenizer.encode(written[: 64 * tokens], add_special_tokens=False)
+    step = min(step, len(ids))
+    if step < 1:
+        raise UsageError(f"{text}: holds no text to measure on")
+    rows = [ids[i : i + step] for i in range(0, len(ids) - step + 1, step)]
+    return torch.tensor([[*start, *row] for row in rows[: max(1, tokens // width)]])
+
+
+def as_dict(
+    laboratory: Laboratory, report: Report | None, chosen: RouteCost, output: Path | None
+) -> dict[str, Any]:
+    """Everything for JSON: the routes, if there is a report; which was chosen, and written."""
+    found: dict[str, Any] = {
+        "base": laboratory.model.name_or_path,
+        "quantization": laboratory.quantization,
+        "route": chosen.route.name,
+        "lost": _finite(chosen.share),
+        "output": None if output is None else str(output),
+    }
+    if report is not None:
+        found |= {"tokens": report.tokens, "adapter_kl": report.adapter.kl}
+        found |= {"adapter_moved": report.adapter.moved}
+        found["routes"] = [cost.as_dict() for cost in report.routes]
+    return found
+
+
+def summary(laboratory: Laboratory, chosen: RouteCost, output: Path | None) -> list[str]:
+    """What was chosen, what it costs, and what was written, in lines."""
+    name, worst = chosen.worst
+    over = f"dequantized {laboratory.quantization}" if laboratory.quantization else "the base"
+    if chosen.route.original:
+        over = "the original"
+    kind = f"{over}, quantized again" if chosen.route.format else over
+    lines = [
+        f"route {chosen.route.name} ({kind}): {len(chosen.layers)} layers lose "
+        f"{_percent(chosen.share)} of the adapter's effect, {_percent(worst)} at most ({name})"
+    ]
+    if output is not None:
+        lines.append(f"wrote {output}")
+        if chosen.route.residual_rank:
+            lines.append(f"wrote {output / RESIDUAL}: the residual adapter, to be loaded over it")
+    return lines
+
+
+def tables(report: Report) -> list[Table]:
+    """By layer, then all routes side by side with the one that loses least first."""
+    names = [cost.route.name for cost in report.routes]
+    layers = Table("layer: lost of the adapter's effect", *names)
+    for layer in report.routes[0].layers:
+        shares = [_percent(cost.layers[layer].share) for cost in report.routes]
+        layers.add_row(layer, *shares)
+    whole = Table(
+        "route", "lost", "worst layer", "KL, nats a token", "largest", "logits moved", "MB",
+        caption=f"lost and moved: of what the adapter itself does; KL on {report.tokens} tokens",
+    )  # fmt: skip
+    for cost in sorted(report.routes, key=lambda cost: cost.loss):
+        assert cost.logits is not None
+        whole.add_row(
+            cost.route.name,
+            _percent(cost.share),
+            _percent(cost.worst[1]),
+            f"{cost.logits.kl:.2e}",
+            f"{cost.logits.kl_worst:.2e}",
+            _percent(cost.logits.of_effect),
+            f"{cost.nbytes / 1e6:.1f}",
+        )
+    adapter = report.adapter
+    whole.add_row("no adapter", "100 %", "100 %", f"{adapter.kl:.2e}", f"{adapter.kl_worst:.2e}",
+                  "100 %", "")  # fmt: skip
+    return [layers, whole]
+
+
+def _percent(share: float) -> str:
+    """Three digits, small ones as powers of ten."""
+    if not math.isfinite(share):
+        return "overflow"
+    if share >= 10:
+        return f"{100 * share:,.0f} %"
+    return f"{100 * share:.3g} %" if share >= 1e-4 or share == 0 else f"{100 * share:.1e} %"
+
+
+def logits_cost(unmerged: Tensor, merged: Tensor, effect: float) -> LogitsCost:
+    """Compare logits (rows, T, V); effect: how far the adapter moves them, ||difference||."""
+    p, q = unmerged.flatten(0, -2), merged.flatten(0, -2)
+    kl = torch.cat([_kl(*pair) for pair in zip(p.split(KL_CHUNK), q.split(KL_CHUNK), strict=True)])
+    moved = _distance(merged, unmerged)
+    size = torch.linalg.vector_norm(unmerged, dtype=torch.float64).item()
+    return LogitsCost(
+        kl=kl.mean().item(),
+        kl_worst=kl.max().item(),
+        moved=moved / size,
+        of_effect=moved / effect if effect else 0.0,
+    )
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) by row, nats, float64, of logits (n, V)."""
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return torch.linalg.vector_norm(a - b, dtype=torch.float64).item()
+
+
+def _embedding(model: Model) -> Tensor:
+    """The embedding's weight, adapted or not."""
+    module = model.get_submodule(model.embedding_name.removesuffix(".weight"))
+    table = module.base_layer if isinstance(module, AdapterLayer) else module
+    assert isinstance(table, nn.Embedding)
+    return table.weight
+
+
+def _rest_bytes(model: nn.Module, replaced: set[str], route: Route) -> int:
+    """Bytes of what the route only casts or leaves alone; a tied head is counted once."""
+    inside = tuple(f"{name}." for name in replaced)
+    plain = {id(p): p for n, p in model.named_parameters() if not n.startswith(inside)}
+    total = sum(p.numel() for p in plain.values()) * route.dtype.itemsize
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and not f"{name}.".startswith(inside):
+            total += module.quantized.nbytes
+    return total
+
+
+def _sortable(x: float) -> float:
+    """NaN as infinity: what overflowed loses most."""
+    return math.inf if math.isnan(x) else x
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
