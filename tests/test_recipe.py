@@ -151,7 +151,7 @@ def test_a_feature_that_is_left_out_is_refused_by_name(key, value, feature):
     assert feature in message
 
 
-@pytest.mark.parametrize("key", ["use_dora", "modules_to_save", "loftq_config", "lora_bias"])
+@pytest.mark.parametrize("key", ["use_dora", "loftq_config", "lora_bias"])
 def test_a_lora_option_that_is_left_out_is_refused_by_name(key):
     assert key in refused(**{f"adapter.{key}": True})
 
@@ -161,7 +161,7 @@ def test_a_lora_option_that_is_left_out_is_refused_by_name(key):
     [
         ("adapter.init_lora_weights", "corda"),
         ("adapter.init_lora_weights", "eva"),
-        ("adapter.bias", "all"),
+        ("adapter.bias", "some"),
         ("adapter.r", 0),
         ("adapter.lora_dropout", 1.0),
         ("adapter.rank_pattern", {"q_proj": -1}),

@@ -25,7 +25,6 @@ NOT_COVERED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
-    "ensure_weight_tying": False,
     "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
@@ -39,10 +38,7 @@ NOT_COVERED: dict[str, Any] = {
 }
 # Fields of LoRAConfig whose feature is being built: refused at any other value.
 _NOT_BUILT: dict[str, Any] = {
-    "bias": "none",
     "lora_bias": False,
-    "modules_to_save": None,
-    "trainable_token_indices": None,
     "use_dora": False,
 }
 # Keys that say nothing about the result.
@@ -82,6 +78,7 @@ class LoRAConfig:
     use_dora: magnitude and direction trained apart (Liu et al., arXiv:2402.09353).
     modules_to_save: names of modules that are trained as a whole, in a copy.
     trainable_token_indices: rows of the embedding that are trained, for the embedding or by name.
+    ensure_weight_tying: a tied head and embedding that are trained as a whole stay one.
     loftq_config: {"loftq_bits": 4, "loftq_iter": N}, with init_lora_weights = "loftq"; lorax's
         own key "loftq_format" takes "nf4" (PEFT's, the default) or "nf4-dq".
 
@@ -106,12 +103,13 @@ class LoRAConfig:
     lora_bias: bool = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     loftq_config: dict[str, Any] = field(default_factory=dict)
 
     peft_type: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
-        for key in ("target_modules", "exclude_modules"):
+        for key in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str | list):
                 object.__setattr__(self, key, sorted(value))  # PEFT's users pass sets and tuples
@@ -122,6 +120,10 @@ class LoRAConfig:
             _check_alpha(f"alpha_pattern[{name!r}]", alpha)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise AdapterError(f"lora_dropout is {self.lora_dropout}; expected 0 <= p < 1")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise AdapterError(f"bias is {self.bias!r}; expected none, all or lora_only")
+        _check_names("modules_to_save", self.modules_to_save)
+        _check_indices(self.trainable_token_indices)
         for key, rest in _NOT_BUILT.items():
             if getattr(self, key) != rest:
                 value = getattr(self, key)
@@ -152,7 +154,7 @@ class LoRAConfig:
             if key in NOT_COVERED and value not in (NOT_COVERED[key], None, False):
                 raise AdapterError(f"{where}: {key} = {value!r} is not covered by lorax")
             if key not in known and key not in NOT_COVERED and key not in DESCRIPTIVE:
-                if value in (None, False) or value == {}:
+                if not value:
                     continue  # a newer PEFT's key at rest
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
@@ -185,10 +187,12 @@ class LoRAConfig:
         """Whether this path is a target, by PEFT's rules (for a given target_modules)."""
         if self.exclude_modules and _matches(self.exclude_modules, name):
             return False
+        if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in self.modules_to_save or []):
+            return False  # trained as a whole
         if not self.target_modules or not _matches(self.target_modules, name):
             return False
-        if self.layers_to_transform is None or name in self.target_modules:
-            return True  # a whole path in the list is meant as it stands, whatever its layer
+        if self.layers_to_transform in (None, []) or name in self.target_modules:
+            return True  # no numbers; or a whole path, meant as it stands, whatever its layer
         return self._layer_number(name) in self._layers()
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
@@ -253,6 +257,7 @@ class LoRAConfig:
             key: rf"(.*\.)?({key})$" for key in (*(self.rank_pattern or ()), *self.alpha_pattern)
         }
         used |= {p: rf".*\.{p}\." for p in ([layers] if isinstance(layers, str) else layers)}
+        used |= {m: rf"(^|.*\.){m}($|\..*)" for m in self.modules_to_save or []}
         for expression, whole in used.items():
             try:
                 re.compile(expression)
@@ -277,3 +282,20 @@ def check_rank(name: str, rank: Any) -> None:
 def _check_alpha(name: str, alpha: Any) -> None:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise AdapterError(f"{name} is {alpha!r}; expected a finite number")
+
+
+def _check_names(key: str, names: Any) -> None:
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise AdapterError(f"{key} is {names!r}; expected a list of names")
+
+
+def _check_indices(indices: Any) -> None:
+    lists = indices.values() if isinstance(indices, dict) else [indices or []]
+    for rows in lists:
+        whole = isinstance(rows, list) and all(type(row) is int for row in rows)
+        if not whole:
+            raise AdapterError(
+                f"trainable_token_indices has {rows!r}; expected a list of whole numbers"
+            )

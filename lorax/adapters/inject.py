@@ -13,7 +13,9 @@ from lorax.adapters.config import DEFAULT_TARGETS, LoRAConfig
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.prompt import Encodes, PromptTuningConfig, add_prompt
+from lorax.adapters.replaced import find_parameters, replace_parameters, replaced_parameters
 from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
+from lorax.adapters.tokens import find_rows, put_rows
 from lorax.errors import AdapterError
 from lorax.models.gpt2 import GPT2
 from lorax.quant.linear import QuantizedLinear
@@ -31,7 +33,8 @@ def add_adapter(
 
     Raises:
         AdapterError: the model has an adapter already, a target matches no module or one that is
-            no Linear, or a pattern matches no target. The model is then as it was.
+            no Linear, a pattern matches no target, or something asks to be trained twice over. The
+            model is then as it was.
     """
     if adapter_layers(model):
         raise AdapterError("the model has an adapter already; unload_adapter(model) first")
@@ -41,12 +44,16 @@ def add_adapter(
     config = expand_targets(model, config)
     targets = _targets(model, config)
     _check_patterns(config, list(targets))
+    rows = find_rows(model, config)
+    whole = find_parameters(model, config, {*targets, *rows})
     _check_start(model, targets, config)
     layers = {name: _started_layer(name, base, config) for name, base in targets.items()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, layer in layers.items():
         replace_module(model, name, layer.train(model.training))
+    put_rows(model, rows)
+    replace_parameters(model, whole)
     model.adapter_config = config  # type: ignore[assignment]
 
 
@@ -116,9 +123,12 @@ def stated_config(model: nn.Module) -> LoRAConfig | PromptTuningConfig:
 
 @contextmanager
 def disabled_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` the model computes as its base alone."""
+    """Inside the `with` the model computes as its base alone, as it was loaded."""
     layers = require_adapter(model).values()
     before = [layer.enabled for layer in layers]
+    replaced = [r for r in replaced_parameters(model) if r.is_in_place(model)]
+    for replacement in replaced:
+        replacement.put(model, trained=False)
     for layer in layers:
         layer.enabled = False
     try:
@@ -126,6 +136,8 @@ def disabled_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+        for replacement in replaced:
+            replacement.put(model, trained=True)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -8,6 +8,7 @@ the config's rank_pattern, down to r_l = 0. A tuned prompt is `prompt_embeddings
 
 Tensors are float32 as a rule. A file with a tensor too many or too few, or of another shape, is
 refused: PEFT loads such a file without a word, and the adapter then is not what its author trained.
+What lorax saves carries a fingerprint of the base and of the adapter itself (fingerprint.py).
 """
 
 import dataclasses
@@ -33,13 +34,15 @@ from lorax.adapters.inject import (
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import unload_adapter
 from lorax.adapters.prompt import PromptTuning, PromptTuningConfig, insert_prompt
+from lorax.adapters.replaced import replaced_parameters
 from lorax.adapters.started import ResidualLoRALinear
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import AdapterError, FormatError, UsageError
+from lorax.formats import fingerprint
 from lorax.formats.directory import written_directory
-from lorax.formats.huggingface import load_model, load_tokenizer
+from lorax.formats.huggingface import as_stored, load_model, load_tokenizer
 from lorax.formats.json_files import read_json
-from lorax.formats.safetensors_files import FLOATS, read_file, write_file
+from lorax.formats.safetensors_files import FLOATS, read_file, read_metadata, write_file
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
 
@@ -70,6 +73,36 @@ Trained with lorax: {sizes}. PEFT and lorax load it:
 """
 
 
+def find_adapter(path: str | os.PathLike[str]) -> Path:
+    """The directory that holds the adapter: `path`, or its only sub-directory that does.
+
+    PEFT puts an adapter which is not called "default" into a sub-directory of its name.
+
+    Raises:
+        FormatError: there is none, or there are several, which are named.
+    """
+    directory = Path(path)
+    if (directory / CONFIG).is_file():
+        return directory
+    below = sorted(file.parent for file in directory.glob(f"[!.]*/{CONFIG}"))
+    if not below:
+        raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory")
+    if len(below) > 1:
+        names = ", ".join(folder.name for folder in below)
+        raise FormatError(
+            f"{directory}: several adapters lie there ({names}); give the path of one of them"
+        )
+    return below[0]
+
+
+def _is_adapter(directory: Path) -> bool:
+    """Whether an adapter lies there or below; a model may have some below and stays a model."""
+    if (directory / CONFIG).is_file():
+        return True
+    is_model = (directory / "config.json").is_file()
+    return not is_model and any(directory.glob(f"[!.]*/{CONFIG}"))
+
+
 def read_adapter_config(
     path: str | os.PathLike[str],
 ) -> tuple[LoRAConfig | PromptTuningConfig, str | None]:
@@ -78,10 +111,7 @@ def read_adapter_config(
     Raises:
         FormatError: no such file, or damaged. AdapterError: a key that lorax does not cover.
     """
-    directory = Path(path)
-    file = directory / CONFIG
-    if not file.is_file():
-        raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory")
+    file = find_adapter(path) / CONFIG
     values = read_json(file)
     kind = CONFIGS.get(str(values.get("peft_type")))
     if kind is None:
@@ -102,6 +132,7 @@ def open_model(
     device: str = "cpu",
     quantization: str | None = None,
     needs_adapter: bool = False,
+    check_base: bool = True,
 ) -> tuple[Model, Tokenizer]:
     """Load a model, or an adapter with its base, whichever lies at `path`; and its tokenizer.
 
@@ -111,6 +142,7 @@ def open_model(
         base: the base of an adapter, where its config's own entry does not lead to it.
         dtype, device, quantization: as in `load_model`.
         needs_adapter: refuse a plain model.
+        check_base: as in `load_adapter`.
 
     Raises:
         UsageError: an adapter that names no base, a plain model with a `base`, or one where an
@@ -120,7 +152,7 @@ def open_model(
         path = str(Path(path) / "adapter")
     elif (Path(path) / "model" / "config.json").is_file():  # of full fine-tuning
         path = str(Path(path) / "model")
-    is_adapter = (Path(path) / CONFIG).is_file()
+    is_adapter = _is_adapter(Path(path))
     if not is_adapter:
         if needs_adapter or base is not None:
             raise UsageError(f"{path}: no {CONFIG} there; expected an adapter's directory")
@@ -131,32 +163,48 @@ def open_model(
     if base is None:
         raise UsageError(f"{path}: the adapter names no base model; give one with --base")
     model = load_model(base, dtype, device, quantization)
-    load_adapter(model, path)
+    load_adapter(model, path, check_base=check_base)
     return model, load_tokenizer(base)
 
 
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike[str], trainable: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    trainable: bool = False,
+    *,
+    check_base: bool = True,
+    check_adapter: bool = True,
 ) -> LoRAConfig | PromptTuningConfig:
     """Load a PEFT adapter directory into the model, in place.
 
     Args:
         model: a model without an adapter.
-        path: the directory.
+        path: the directory, or one above it that holds no other adapter.
         trainable: whether the adapter requires gradients afterwards.
+        check_base: refuse an adapter whose fingerprint is that of another base. Reads the base's
+            files once more, the first time. False, where you know that the bases are the same.
+        check_adapter: refuse an adapter that was changed since lorax saved it.
 
     Raises:
-        AdapterError: a tensor is missing, unexpected, of another shape or not finite, or the
-            config does not fit the model. The model is then as it was.
+        AdapterError: a tensor is missing, unexpected, of another shape or not finite, the config
+            does not fit the model, or the fingerprint does not hold. The model is then as it was.
         FormatError: the directory is incomplete or damaged.
     """
-    directory = Path(path)
+    directory = find_adapter(path)
     config, _ = read_adapter_config(directory)
     if not (directory / TENSORS).is_file():
         pickled = (directory / "adapter_model.bin").is_file()
         hint = "; adapter_model.bin is a pickle: save it again as safetensors" if pickled else ""
         raise FormatError(f"{directory}: no {TENSORS}{hint}")
     tensors = read_file(directory / TENSORS)
+    stated = read_metadata(directory / TENSORS).get(fingerprint.KEY)
+    if stated is not None:
+        where = str(directory / TENSORS)
+        found = fingerprint.parse(stated, where)
+        if check_adapter:
+            fingerprint.check_adapter(found, config, tensors, where)
+        if check_base:
+            fingerprint.check_base(found, model, where)
     if isinstance(config, LoRAConfig):
         _check_start(model, config, str(directory / CONFIG))
     before = [parameter.requires_grad for parameter in model.parameters()]
@@ -176,6 +224,8 @@ def load_adapter(
     for layer in adapter_layers(model).values():
         for tensor in layer.tensors().values():
             tensor.requires_grad_(trainable)
+    for replacement in replaced_parameters(model):
+        replacement.trained.requires_grad_(trainable)
     return config
 
 
@@ -200,7 +250,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], plain: bool | N
     else:
         config, tensors = _in_form(model, config, plain)
         config = dataclasses.replace(config, fan_in_fan_out=isinstance(model, GPT2))
-    write_peft_directory(path, config, tensors, getattr(model, "name_or_path", "") or None)
+    base = getattr(model, "name_or_path", "") or None
+    mark = fingerprint.describe(model, config, tensors)
+    write_peft_directory(path, config, tensors, base, mark)
 
 
 def write_peft_directory(
@@ -208,8 +260,11 @@ def write_peft_directory(
     config: LoRAConfig | PromptTuningConfig,
     tensors: dict[str, Tensor],
     base: str | None,
+    mark: str | None = None,
 ) -> None:
-    """Write tensors under PEFT's names, config and card; `base` is the base model's name.
+    """Write tensors under PEFT's names, config and card.
+
+    base: the base model's name. mark: the fingerprint; without one it loads as a stranger's.
 
     Raises:
         AdapterError, EnvironmentProblem: as `save_adapter`.
@@ -218,7 +273,7 @@ def write_peft_directory(
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{name} is not finite; an adapter like that is not saved")
     with written_directory(Path(path), replace=True) as directory:
-        write_file(tensors, directory / TENSORS)
+        write_file(tensors, directory / TENSORS, {fingerprint.KEY: mark} if mark else None)
         text = json.dumps(_peft_config(config, base), indent=2, sort_keys=False) + "\n"
         (directory / CONFIG).write_text(text)
         (directory / "README.md").write_text(_card(config, base or "unknown"))
@@ -230,6 +285,12 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in require_adapter(model).items():
         for below, tensor in layer.tensors().items():
             tensors[_stored_name(name, layer, below)] = tensor.detach()
+    for replacement in replaced_parameters(model):
+        for place in replacement.places:
+            whole = replacement.trained.detach()
+            if isinstance(model, GPT2):
+                whole = as_stored(place, whole)
+            tensors[_PREFIX + place] = whole.clone() if place in replacement.places[1:] else whole
     return tensors
 
 
@@ -326,6 +387,32 @@ def _without_base_copies(
                 f"{where}: {name}.base_layer.weight differs from the model's; "
                 "the adapter was trained on another base"
             )
+    return _without_wrappers(model, rest, where)
+
+
+def _without_wrappers(model: nn.Module, found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Take out what PEFT writes twice or thrice under bias = "all" and modules_to_save.
+
+    Beside `ln_f.bias` there is the same once more as `ln_f.modules_to_save.bias`, and the base's
+    own as `ln_f.original_module.bias`.
+    """
+    rest = dict(found)
+    for replacement in replaced_parameters(model):
+        copies = [rest[_PREFIX + p] for p in replacement.places if _PREFIX + p in rest]
+        if not all(torch.equal(copy, copies[0]) for copy in copies):
+            raise AdapterError(f"{where}: {replacement.places} are tied, but differ there")
+        for place in replacement.places:
+            module, _, name = (_PREFIX + place).rpartition(".")
+            again = rest.pop(f"{module}.modules_to_save.{name}", None)
+            if again is not None and not torch.equal(again, rest.get(_PREFIX + place, again[:0])):
+                raise AdapterError(f"{where}: {place} stands there twice, with other values")
+            base = rest.pop(f"{module}.original_module.{name}", None)
+            original = replacement.original
+            if base is not None and not torch.equal(base.to(original), original):
+                raise AdapterError(
+                    f"{where}: {place} of the base differs from the model's; "
+                    "the adapter was trained on another base"
+                )
     return rest
 
 
@@ -381,6 +468,7 @@ def _check_types(values: dict[str, Any], file: Path) -> None:
         "lora_bias": bool,
         "modules_to_save": list | None,
         "trainable_token_indices": list | dict | None,
+        "ensure_weight_tying": bool,
         "loftq_config": dict | None,
         "target_r": int,
         "init_r": int,

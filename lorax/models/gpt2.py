@@ -12,6 +12,7 @@ GPT-2's pre-training is left out; an adapter has its own.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         self.name_or_path = ""  # where it was loaded from, for the files that point back to it
+        self.loaded_from: Path | None = None  # its files; None once its weights are not theirs
         self.transformer = GPT2Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()

@@ -13,6 +13,7 @@ Touvron et al. 2023 (arXiv:2302.13971): RMSNorm before each half, rotary positio
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.name_or_path = ""  # where it was loaded from, for the files that point back to it
+        self.loaded_from: Path | None = None  # its files; None once its weights are not theirs
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
