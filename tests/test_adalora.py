@@ -565,6 +565,17 @@ def test_files_that_do_not_fit_are_refused_by_name(change, error, word, tmp_path
     assert [(name, id(module)) for name, module in model.named_modules()] == before
 
 
+def test_an_edited_scale_is_an_error(tmp_path):
+    """init_r is in AdaLoRA's scale, and so in the adapter's own fingerprint."""
+    model = fresh()
+    lorax.save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_r": 5}))
+    lorax.unload_adapter(model)
+    with pytest.raises(AdapterError, match="init_r is 5, was 4"):
+        lorax.load_adapter(model, tmp_path)
+
+
 # --- a run -----------------------------------------------------------------------------------
 
 ADALORA = {"method": "adalora", "init_r": 4, "target_r": 1, "target_modules": "all-linear"}

@@ -110,7 +110,7 @@ def check_adapter(
     then = stated["settings"]
     edited = [
         f"{key} is {settings[key]!r}, was {then.get(key)!r}"
-        for key in SETTINGS
+        for key in settings
         if json.dumps(settings[key]) != json.dumps(then.get(key))
     ]
     hint = "if the change is meant, load it with check_adapter=False and save it again"
@@ -244,6 +244,8 @@ def _settings(config: Any) -> dict[str, Any]:
         values["lora_alpha"] = float(values["lora_alpha"])
     if values["alpha_pattern"] is not None:
         values["alpha_pattern"] = {k: float(v) for k, v in values["alpha_pattern"].items()}
+    if hasattr(config, "init_r"):  # AdaLoRA's scale depends on it
+        values["init_r"] = config.init_r
     return values
 
 

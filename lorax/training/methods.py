@@ -86,6 +86,7 @@ def _train_everything(model: Model) -> None:
             f"model.path: its checkpoint is quantized ({quantized[0]} and {len(quantized) - 1} "
             "more), and quantized weights are frozen; adapter.method = 'full' needs plain ones"
         )
+    model.loaded_from = None  # its weights will be those of no file
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
