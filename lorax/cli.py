@@ -73,7 +73,7 @@ def train(
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     dry_run: Annotated[bool, Parameter(help="Check and print the plan only.", negative="")] = False,
 ) -> None:
-    """Train an adapter: lorax train recipe.toml --train.learning_rate 1e-4 --data.path my.jsonl
+    """Train a recipe: lorax train recipe.toml --train.learning_rate 1e-4 --data.path my.jsonl
 
     Any key of the recipe can be given by its path, and then wins over the file. --dry-run prints
     all keys with their values.
@@ -96,7 +96,7 @@ def train(
 
     with TrainingProgress(out) as progress:
         run = run_recipe(checked, progress)
-    out.print(f"adapter  {run.output_dir / 'adapter'}", highlight=False, soft_wrap=True)
+    out.print(f"{run.result.name:<8} {run.result}", highlight=False, soft_wrap=True)
     out.print(f"picture  {run.output_dir / 'loss.png'}", highlight=False, soft_wrap=True)
 
 

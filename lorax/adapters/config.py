@@ -113,10 +113,9 @@ class LoRAConfig:
             value = getattr(self, key)
             if value is not None and not isinstance(value, str | list):
                 object.__setattr__(self, key, sorted(value))  # PEFT's users pass sets and tuples
-        _check_rank("r", self.r)
+        check_rank("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
-        for name, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{name!r}]", rank)
+        self._check_rank_pattern()
         for name, alpha in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern[{name!r}]", alpha)
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -208,6 +207,10 @@ class LoRAConfig:
             if not any(_matches(target if whole else [target], name) for name in names)
         ]
 
+    def _check_rank_pattern(self) -> None:
+        for name, rank in self.rank_pattern.items():
+            check_rank(f"rank_pattern[{name!r}]", rank)
+
     def _check_loftq(self) -> None:
         """Fill in PEFT's defaults, refuse what is not covered."""
         if self.init_lora_weights != "loftq":
@@ -220,7 +223,7 @@ class LoRAConfig:
             raise AdapterError(f"loftq_config: {unknown} unknown; expected loftq_bits, loftq_iter")
         if config["loftq_bits"] != 4:
             raise AdapterError(f"loftq_bits is {config['loftq_bits']!r}; lorax covers 4 (NF4)")
-        _check_rank("loftq_iter", config["loftq_iter"])
+        check_rank("loftq_iter", config["loftq_iter"])
         if config.get("loftq_format", "nf4") not in ("nf4", "nf4-dq"):
             found = config["loftq_format"]
             raise AdapterError(f"loftq_format is {found!r}; expected 'nf4' or 'nf4-dq'")
@@ -250,7 +253,9 @@ class LoRAConfig:
         plain = (self.target_modules, self.exclude_modules)
         layers = self.layers_pattern or []
         used = {expression: expression for expression in plain if isinstance(expression, str)}
-        used |= {key: rf"(.*\.)?({key})$" for key in (*self.rank_pattern, *self.alpha_pattern)}
+        used |= {
+            key: rf"(.*\.)?({key})$" for key in (*(self.rank_pattern or ()), *self.alpha_pattern)
+        }
         used |= {p: rf".*\.{p}\." for p in ([layers] if isinstance(layers, str) else layers)}
         used |= {m: rf"(^|.*\.){m}($|\..*)" for m in self.modules_to_save or []}
         for expression, whole in used.items():
@@ -268,7 +273,8 @@ def _matches(patterns: list[str] | str, name: str) -> bool:
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
-def _check_rank(name: str, rank: Any) -> None:
+def check_rank(name: str, rank: Any) -> None:
+    """Refuse what is no whole number from 1 to MAX_RANK."""
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
         raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 to {MAX_RANK}")
 

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lorax.adapters.adalora import AdaLoRAConfig, AdaLoRALinear
 from lorax.adapters.config import DEFAULT_TARGETS, LoRAConfig
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
+from lorax.adapters.prompt import Encodes, PromptTuningConfig, add_prompt
 from lorax.adapters.replaced import find_parameters, replace_parameters, replaced_parameters
 from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
 from lorax.adapters.tokens import find_rows, put_rows
@@ -19,8 +21,15 @@ from lorax.models.gpt2 import GPT2
 from lorax.quant.linear import QuantizedLinear
 
 
-def add_adapter(model: nn.Module, config: LoRAConfig) -> None:
-    """Put LoRA into the model, in place; afterwards the adapter alone requires gradients.
+def add_adapter(
+    model: nn.Module, config: LoRAConfig | PromptTuningConfig, tokenizer: Encodes | None = None
+) -> None:
+    """Put an adapter into the model, in place; afterwards the adapter alone requires gradients.
+
+    Args:
+        model: a model without an adapter.
+        config: what, and where: a LoRAConfig, an AdaLoRAConfig or a PromptTuningConfig.
+        tokenizer: the model's, for a prompt that starts as a text; nothing else asks for it.
 
     Raises:
         AdapterError: the model has an adapter already, a target matches no module or one that is
@@ -29,6 +38,9 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> None:
     """
     if adapter_layers(model):
         raise AdapterError("the model has an adapter already; unload_adapter(model) first")
+    if isinstance(config, PromptTuningConfig):
+        add_prompt(model, config, tokenizer)
+        return
     config = expand_targets(model, config)
     targets = _targets(model, config)
     _check_patterns(config, list(targets))
@@ -53,7 +65,8 @@ def _layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
     if config.init_lora_weights == "loftq":
         times, format = config.loftq_config["loftq_iter"], config.loftq_config.get("loftq_format")
         return LoftQLinear(*plain, iterations=times, format=format or "nf4")
-    return LoRALinear(*plain)
+    variant = AdaLoRALinear if isinstance(config, AdaLoRAConfig) else LoRALinear
+    return variant(*plain)
 
 
 def _check_start(model: nn.Module, targets: dict[str, nn.Module], config: LoRAConfig) -> None:
@@ -93,10 +106,18 @@ def require_adapter(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def adapter_config(model: nn.Module) -> LoRAConfig:
-    """The config of the model's adapter, its targets written out."""
+    """The config of the model's LoRA of any kind, its targets written out."""
+    config = stated_config(model)
+    if isinstance(config, PromptTuningConfig):
+        raise AdapterError("the model's adapter is a tuned prompt; expected a LoRA")
+    return config
+
+
+def stated_config(model: nn.Module) -> LoRAConfig | PromptTuningConfig:
+    """The config of the model's adapter, whatever it is."""
     require_adapter(model)
     config = model.adapter_config
-    assert isinstance(config, LoRAConfig)
+    assert isinstance(config, LoRAConfig | PromptTuningConfig)
     return config
 
 
@@ -189,6 +210,11 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
 
 
 def _check_patterns(config: LoRAConfig, targets: list[str]) -> None:
+    if isinstance(config, AdaLoRAConfig):
+        strangers = set(config.rank_pattern or ()) - {f"{name}.lora_E" for name in targets}
+        if strangers:
+            raise AdapterError(f"rank_pattern: {min(strangers)!r} belongs to no adapted module")
+        return
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in getattr(config, key).items():
             alone = dataclasses.replace(

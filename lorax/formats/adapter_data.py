@@ -38,6 +38,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """
     directory = find_adapter(path)
     config, base = read_adapter_config(directory)
+    if not isinstance(config, LoRAConfig):
+        raise AdapterError(f"{directory / CONFIG}: is {config.peft_type}; expected a LoRA")
     _check_by_itself(config, str(directory / CONFIG))
     file = directory / TENSORS
     if not file.is_file():

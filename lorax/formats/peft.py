@@ -3,6 +3,9 @@
     base_model.model.<path of the module>.lora_A.weight    (r, in)
     base_model.model.<path of the module>.lora_B.weight    (out, r)
 
+AdaLoRA's are `....lora_A` (r_l, in), `....lora_E` (r_l, 1) and `....lora_B` (out, r_l), pruned by
+the config's rank_pattern, down to r_l = 0. A tuned prompt is `prompt_embeddings` (n, C).
+
 Tensors are float32 as a rule. A file with a tensor too many or too few, or of another shape, is
 refused: PEFT loads such a file without a word, and the adapter then is not what its author trained.
 What lorax saves carries a fingerprint of the base and of the adapter itself (fingerprint.py).
@@ -18,17 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.adalora import AdaLoRAConfig
 from lorax.adapters.config import NOT_COVERED, LoRAConfig
 from lorax.adapters.convert import plain_form, plain_tensors, start_is_lost
 from lorax.adapters.inject import (
-    adapter_config,
     adapter_layers,
     add_adapter,
     find_targets,
     require_adapter,
+    stated_config,
 )
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import unload_adapter
+from lorax.adapters.prompt import PromptTuning, PromptTuningConfig, insert_prompt
 from lorax.adapters.replaced import replaced_parameters
 from lorax.adapters.started import ResidualLoRALinear
 from lorax.data.tokenizer import Tokenizer
@@ -47,6 +52,9 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # whose format this is
 _PREFIX = "base_model.model."
+CONFIGS: dict[str, type[LoRAConfig] | type[PromptTuningConfig]] = {
+    kind.peft_type: kind for kind in (LoRAConfig, AdaLoRAConfig, PromptTuningConfig)
+}
 
 _CARD = """---
 base_model: {base}
@@ -54,13 +62,12 @@ library_name: peft
 pipeline_tag: text-generation
 tags:
 - base_model:adapter:{base}
-- lora
-- lorax
+{tags}- lorax
 ---
 
-# LoRA adapter
+# {kind} adapter
 
-Trained with lorax: r = {r}, lora_alpha = {alpha}. PEFT and lorax load it:
+Trained with lorax: {sizes}. PEFT and lorax load it:
 
     PeftModel.from_pretrained(model, "PATH")        lorax.load_adapter(model, "PATH")
 """
@@ -96,7 +103,9 @@ def _is_adapter(directory: Path) -> bool:
     return not is_model and any(directory.glob(f"[!.]*/{CONFIG}"))
 
 
-def read_adapter_config(path: str | os.PathLike[str]) -> tuple[LoRAConfig, str | None]:
+def read_adapter_config(
+    path: str | os.PathLike[str],
+) -> tuple[LoRAConfig | PromptTuningConfig, str | None]:
     """The config of an adapter directory, and the base model that it names.
 
     Raises:
@@ -104,11 +113,15 @@ def read_adapter_config(path: str | os.PathLike[str]) -> tuple[LoRAConfig, str |
     """
     file = find_adapter(path) / CONFIG
     values = read_json(file)
-    if values.get("peft_type") != "LORA":
-        raise AdapterError(f"{file}: peft_type {values.get('peft_type')!r}; lorax reads LORA")
-    _check_types(values, file)
+    kind = CONFIGS.get(str(values.get("peft_type")))
+    if kind is None:
+        raise AdapterError(
+            f"{file}: peft_type {values.get('peft_type')!r}; lorax reads {', '.join(CONFIGS)}"
+        )
+    if kind is not PromptTuningConfig:
+        _check_types(values, file)
     base = values.get("base_model_name_or_path")
-    return LoRAConfig.from_dict(values, str(file)), base if isinstance(base, str) else None
+    return kind.from_dict(values, str(file)), base if isinstance(base, str) else None
 
 
 def open_model(
@@ -124,7 +137,8 @@ def open_model(
     """Load a model, or an adapter with its base, whichever lies at `path`; and its tokenizer.
 
     Args:
-        path: a model (directory, Hub id, .gguf), an adapter's directory or a run's.
+        path: a model (directory, Hub id, .gguf), an adapter's directory or a run's, which has
+            an adapter/ or, after full fine-tuning, a model/.
         base: the base of an adapter, where its config's own entry does not lead to it.
         dtype, device, quantization: as in `load_model`.
         needs_adapter: refuse a plain model.
@@ -136,6 +150,8 @@ def open_model(
     """
     if (Path(path) / "adapter" / CONFIG).is_file():  # a run's directory
         path = str(Path(path) / "adapter")
+    elif (Path(path) / "model" / "config.json").is_file():  # of full fine-tuning
+        path = str(Path(path) / "model")
     is_adapter = _is_adapter(Path(path))
     if not is_adapter:
         if needs_adapter or base is not None:
@@ -158,7 +174,7 @@ def load_adapter(
     *,
     check_base: bool = True,
     check_adapter: bool = True,
-) -> LoRAConfig:
+) -> LoRAConfig | PromptTuningConfig:
     """Load a PEFT adapter directory into the model, in place.
 
     Args:
@@ -189,11 +205,15 @@ def load_adapter(
             fingerprint.check_adapter(found, config, tensors, where)
         if check_base:
             fingerprint.check_base(found, model, where)
-    _check_start(model, config, str(directory / CONFIG))
+    if isinstance(config, LoRAConfig):
+        _check_start(model, config, str(directory / CONFIG))
     before = [parameter.requires_grad for parameter in model.parameters()]
     parameters = list(model.parameters())
-    with torch.random.fork_rng(devices=[]):
-        add_adapter(model, config)
+    if isinstance(config, PromptTuningConfig):
+        insert_prompt(model, config)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            add_adapter(model, config)
     try:
         _load_tensors(model, tensors, str(directory / TENSORS))
     except AdapterError:
@@ -224,8 +244,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], plain: bool | N
         AdapterError: there is no adapter, it is not finite, or it has not the form that was asked.
         EnvironmentProblem: the disk is full or refuses; what was there before is intact.
     """
-    config, tensors = _in_form(model, plain)
-    config = dataclasses.replace(config, fan_in_fan_out=isinstance(model, GPT2))
+    config: LoRAConfig | PromptTuningConfig = stated_config(model)
+    if isinstance(config, PromptTuningConfig):
+        tensors = adapter_tensors(model)
+    else:
+        config, tensors = _in_form(model, config, plain)
+        config = dataclasses.replace(config, fan_in_fan_out=isinstance(model, GPT2))
     base = getattr(model, "name_or_path", "") or None
     mark = fingerprint.describe(model, config, tensors)
     write_peft_directory(path, config, tensors, base, mark)
@@ -233,7 +257,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], plain: bool | N
 
 def write_peft_directory(
     path: str | os.PathLike[str],
-    config: LoRAConfig,
+    config: LoRAConfig | PromptTuningConfig,
     tensors: dict[str, Tensor],
     base: str | None,
     mark: str | None = None,
@@ -252,8 +276,7 @@ def write_peft_directory(
         write_file(tensors, directory / TENSORS, {fingerprint.KEY: mark} if mark else None)
         text = json.dumps(_peft_config(config, base), indent=2, sort_keys=False) + "\n"
         (directory / CONFIG).write_text(text)
-        card = _CARD.format(base=base or "unknown", r=config.r, alpha=config.lora_alpha)
-        (directory / "README.md").write_text(card)
+        (directory / "README.md").write_text(_card(config, base or "unknown"))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -261,7 +284,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in require_adapter(model).items():
         for below, tensor in layer.tensors().items():
-            tensors[f"{_PREFIX}{name}.{below}"] = tensor.detach()
+            tensors[_stored_name(name, layer, below)] = tensor.detach()
     for replacement in replaced_parameters(model):
         for place in replacement.places:
             whole = replacement.trained.detach()
@@ -271,9 +294,29 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _in_form(model: nn.Module, plain: bool | None) -> tuple[LoRAConfig, dict[str, Tensor]]:
+def _stored_name(name: str, layer: AdapterLayer, below: str) -> str:
+    """PEFT's name for the tensor `below` of the layer of that path."""
+    return below if isinstance(layer, PromptTuning) else f"{_PREFIX}{name}.{below}"
+
+
+def _card(config: LoRAConfig | PromptTuningConfig, base: str) -> str:
+    """The model card: README.md."""
+    if isinstance(config, PromptTuningConfig):
+        kind, tags, sizes = "Prompt tuning", "", f"{config.num_virtual_tokens} virtual tokens"
+    elif isinstance(config, AdaLoRAConfig):
+        kind, tags = "AdaLoRA", ""
+        sizes = f"init_r = {config.init_r}, target_r = {config.target_r}"
+    else:
+        kind, tags = "LoRA", "- lora\n"
+        sizes = f"r = {config.r}, lora_alpha = {config.lora_alpha}"
+    return _CARD.format(base=base, kind=kind, tags=tags, sizes=sizes)
+
+
+def _in_form(
+    model: nn.Module, config: LoRAConfig, plain: bool | None
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The config and tensors to write: as they are, or as a plain LoRA."""
-    config, layers = adapter_config(model), require_adapter(model)
+    layers = require_adapter(model)
     bases = {name: layer.base_layer for name, layer in layers.items()}
     lost = start_is_lost(model, config, bases)
     if plain is False and lost is not None:
@@ -383,21 +426,26 @@ def _is_same_base(layer: AdapterLayer, copy: Tensor, weight: Tensor) -> bool:
     return bool((copy - weight).abs().max() <= 8 * torch.finfo(weight.dtype).eps * size)
 
 
-def _peft_config(config: LoRAConfig, base: str | None) -> dict[str, Any]:
+def _peft_config(config: LoRAConfig | PromptTuningConfig, base: str | None) -> dict[str, Any]:
     """adapter_config.json's content, with the keys that PEFT writes, in its order."""
     values: dict[str, Any] = {
-        **NOT_COVERED,
         **dataclasses.asdict(config),
         "auto_mapping": None,
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "megatron_core": "megatron.core",
         "peft_type": config.peft_type,
         "peft_version": PEFT_VERSION,
-        "qalora_group_size": 16,
         "revision": None,
         "task_type": "CAUSAL_LM",
     }
+    if isinstance(config, PromptTuningConfig):
+        values["modules_to_save"] = None
+        if config.prompt_tuning_init == "TEXT":  # PEFT does not read the file without a name
+            values["tokenizer_name_or_path"] = config.tokenizer_name_or_path or base or "unknown"
+    else:
+        values |= NOT_COVERED
+        values["megatron_core"] = "megatron.core"
+        values["qalora_group_size"] = 16
     return dict(sorted(values.items()))
 
 
@@ -422,6 +470,15 @@ def _check_types(values: dict[str, Any], file: Path) -> None:
         "trainable_token_indices": list | dict | None,
         "ensure_weight_tying": bool,
         "loftq_config": dict | None,
+        "target_r": int,
+        "init_r": int,
+        "tinit": int,
+        "tfinal": int,
+        "deltaT": int,
+        "beta1": int | float,
+        "beta2": int | float,
+        "orth_reg_weight": int | float,
+        "total_step": int | None,
     }
     for key, kind in kinds.items():
         if key in values and not isinstance(values[key], kind):
@@ -433,3 +490,5 @@ def _check_types(values: dict[str, Any], file: Path) -> None:
                 raise FormatError(f"{file}: {key} = {values[key]!r} has an entry of the wrong type")
     for key in ("rank_pattern", "alpha_pattern", "loftq_config"):
         values[key] = values.get(key) or {}
+    if values["peft_type"] == AdaLoRAConfig.peft_type:
+        values["rank_pattern"] = values["rank_pattern"] or None
