@@ -108,14 +108,14 @@ def convert_to_lora(model: nn.Module) -> None:
         config = plain_form(config)
     else:
         config = dataclasses.replace(config, init_lora_weights=True, loftq_config={})
-        model.loaded_from = None  # type: ignore[assignment]
+        model.loaded_from = None  # type: ignore[assignment]  # the base is LoftQ's now
     for name, layer in layers.items():
-        replace_module(model, name, _plain_layer(layer))
+        if isinstance(layer, ResidualLoRALinear | LoftQLinear):  # token rows stay as they are
+            replace_module(model, name, _plain_layer(layer))
     model.adapter_config = config  # type: ignore[assignment]
 
 
-def _plain_layer(layer: AdapterLayer) -> LoRALinear:
-    assert isinstance(layer, ResidualLoRALinear | LoftQLinear)
+def _plain_layer(layer: ResidualLoRALinear | LoftQLinear) -> LoRALinear:
     found = plain_tensors(layer)
     A, B = found["lora_A.weight"], found["lora_B.weight"]
     plain = LoRALinear(layer.frozen, A.shape[0], layer.scaling, layer.dropout)
