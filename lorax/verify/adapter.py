@@ -141,8 +141,7 @@ class _Job:
             reason = f"PEFT does not load it: {type(error).__name__}: {_one_line(error)}"
             return replace(report, refusals={"peft": reason}, notes=self.notes)
         self.notes += said
-        if reference is None:
-            self.notes += _ignored(theirs, directory)
+        self.notes += _ignored(theirs, directory)
         self.say("comparing")
         mine = LoraxSide(model)
         quantizer = self._quantizer_checks(mine)
@@ -255,6 +254,9 @@ def load_peft(adapter: Path, base: Path) -> tuple[PeftSide, list[str]]:
         base_model: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype=DTYPE, local_files_only=True, use_safetensors=True
         )
+        for parameter in base_model.parameters():
+            if parameter.is_floating_point():  # in 4-bit files some stay 16-bit, whatever is asked
+                parameter.data = parameter.data.to(DTYPE)
         model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=True).eval()
     said = [
         f"PEFT warned: {_one_line(w.message)}"

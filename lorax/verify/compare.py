@@ -28,11 +28,13 @@ from lorax.verify.difference import (
     COMPUTED,
     COMPUTED_BOUND,
     EXACT,
+    GRADIENT,
     REQUANTIZED,
     SCALING,
     WEIGHT,
     Difference,
     difference,
+    gradient_bound,
     weight_bound,
 )
 from lorax.verify.report import Check, Nearer
@@ -253,6 +255,7 @@ class _Comparison:
         yield _computed(path, "output", "", difference(one, other.reshape(one.shape)))
 
     def _of_gradients(self, path: str) -> Iterator[Check]:
+        largest = self._largest_gradient
         for name in reversed(self.homes.get(path, [])):
             one, other = (trace.gradients.get(name) for trace in self.traces)
             short = name.removeprefix(path + ".")
@@ -261,7 +264,12 @@ class _Comparison:
             if one is None or other is None or one.shape != other.shape:
                 yield self._one_sided(path, "gradient", short, one is not None)
                 continue
-            yield _computed(path, "gradient", short, difference(one, other))
+            bound = gradient_bound(other, largest)
+            yield Check(path, "gradient", short, difference(one, other), bound, GRADIENT)
+
+    @cached_property
+    def _largest_gradient(self) -> float:
+        return max((g.norm().item() for g in self.traces[1].gradients.values()), default=0.0)
 
     # Helpers -----------------------------------------------------------------------------------
 

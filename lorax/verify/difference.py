@@ -31,6 +31,10 @@ COMPUTED = (
     "outputs equal to the bit, gradients within 2e-6"
 )
 COMPUTED_BOUND = 1e-5
+GRADIENT = (
+    "as outputs; and eight roundings of the largest gradient, for a gradient that is zero but for "
+    "cancellation (attention over tokens that are all the same) is nothing but noise"
+)
 _INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -82,6 +86,13 @@ def _ulps(mine: Tensor, theirs: Tensor) -> int | None:
         magnitude = bits & torch.iinfo(kind).max
         steps.append(torch.where(bits < 0, -magnitude, magnitude))
     return int((steps[0] - steps[1]).abs().max())
+
+
+def gradient_bound(theirs: Tensor, largest: float) -> float:
+    """(1e-5 ||g|| + 8 u G) / ||g||, G being the largest norm of any of the gradients."""
+    size = theirs.double().norm().item()
+    noise = 4 * torch.finfo(torch.float32).eps * largest
+    return COMPUTED_BOUND + (noise / size if size else 0.0)
 
 
 def weight_bound(mine: Tensor, base: Tensor) -> float:

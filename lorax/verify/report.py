@@ -300,7 +300,12 @@ def picture(checks: list[Check]) -> bytes:
     failed = [c for c in drawn if not c.holds]
     if failed:
         axes.axvline(places[failed[0].module], color="#cc3311", lw=0.8, alpha=0.5)
-        ring: dict[str, Any] = {"s": 46, "facecolors": "none", "edgecolors": "#cc3311", "linewidths": 1.1}
+        ring: dict[str, Any] = {
+            "s": 46,
+            "facecolors": "none",
+            "edgecolors": "#cc3311",
+            "linewidths": 1.1,
+        }
         axes.scatter(*points(failed), **ring, label="does not hold")
     bound = next((c.bound for c in checks if c.quantity in ("output", "logits")), 1e-5)
     axes.axhline(bound, color="#999999", lw=0.8, ls="--")

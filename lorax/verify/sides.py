@@ -200,7 +200,8 @@ class LoraxSide(Side):
 
     def merged(self, path: str) -> dict[str, Tensor]:
         """As `merge_adapter` would leave it."""
-        return _parameters(merged_layer(self.layers[path])[0])
+        layer = self.layers.get(path)
+        return {} if layer is None else _parameters(merged_layer(layer)[0])
 
     def logits_and_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The model's forward for the logits; training's own loss for the gradients."""
