@@ -660,7 +660,6 @@ def test_verify_leaves_the_adapter_s_files_alone(place):
     ],
 )
 def test_verify_is_a_function_and_a_room(code):
-    code += "; assert 'verify' in dir(lorax) if 'lorax' in globals() else True"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
