@@ -224,7 +224,10 @@ def merge(
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
 
-inspect = App(name="inspect", help="Look into a model: lorax inspect quantization MODEL")
+inspect = App(
+    name="inspect",
+    help="Look into a model or a run: lorax inspect quantization MODEL, ... optimizer RUN",
+)
 app.command(inspect)
 
 
@@ -295,6 +298,44 @@ def inspect_quantization(
         _say(f"picture  {plot}")
 
 
+@inspect.command(name="optimizer")
+def inspect_optimizer(path: str, /, *, json: Json = False) -> None:
+    """What a run's optimizer holds, by name, and what paging has moved.
+
+    Parameters
+    ----------
+    path
+        A run's directory, a checkpoint's directory, or an optimizer state's file.
+    """
+    from lorax.verify import optimizer as verify
+
+    report = verify.inspect_optimizer(path)
+    if json:
+        print(verify.to_json(report))
+        return
+    if report.optimizer is not None:
+        _say(f"optimizer  {report.optimizer}, after step {report.steps or 0}")
+    _say(f"state      {report.state_file or 'none is saved; a checkpoint would hold it'}")
+    if report.state:
+        table = Table("state", "dtype", "tensors", "values", "bytes", "bytes a parameter")
+        count = max(report.parameters, 1)
+        for part in report.state:
+            numbers = (part.tensors, part.values, part.nbytes)
+            cells = [f"{number:,}" for number in numbers]
+            table.add_row(part.name, part.dtype, *cells, f"{part.nbytes / count:.3f}")
+        total = report.state_bytes
+        table.add_row("total", "", "", "", f"{total:,}", f"{total / count:.3f}")
+        out.print(table)
+    _say(report.verdict)
+    if report.paging is not None:
+        table = Table("paging", "")
+        table.add_row("bytes managed", f"{report.paging.managed_bytes:,}")
+        table.add_row("bytes prefetched in", f"{report.paging.prefetched_in_bytes:,}")
+        table.add_row("bytes prefetched out", f"{report.paging.prefetched_out_bytes:,}")
+        table.add_row("seconds waited", f"{report.paging.waited_seconds:.3f}")
+        out.print(table)
+
+
 @app.command
 def verify(
     adapter: Path,
@@ -357,13 +398,15 @@ def quantize(
     output: Path,
     /,
     *,
-    format: Annotated[str, Parameter(help="nf4, nf4-dq, fp4 or fp4-dq.")] = "nf4-dq",
-    block_size: Annotated[int, Parameter(help="Values that share a scale: 32 to 4096.")] = 64,
+    format: Annotated[str, Parameter(help="nf4, nf4-dq, fp4, fp4-dq or int8.")] = "nf4-dq",
+    block_size: Annotated[
+        int | None, Parameter(help="Values that share a scale: 32 to 4096, by default 64.")
+    ] = None,
     dtype: Dtype = "auto",
     max_shard_bytes: Annotated[Positive, Parameter(help="The largest file.")] = 5 * 10**9,
     json: Json = False,
 ) -> None:
-    """Write a 4-bit copy of a model that lorax and transformers + bitsandbytes open.
+    """Write a copy of a model in 4 or 8 bits that lorax and transformers + bitsandbytes open.
 
     Tensor by tensor, in memory of about one output file.
 
