@@ -365,7 +365,7 @@ def verify(
     adapter
         The adapter's directory, or a run's.
     """
-    from lorax.verify.adapter import verify as hold_against
+    from lorax.verify.against_peft import verify as hold_against
 
     report = hold_against(
         adapter,

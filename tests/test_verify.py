@@ -21,7 +21,7 @@ from lorax import cli
 from lorax.adapters.inject import adapter_layers
 from lorax.errors import DataError, EnvironmentProblem, FormatError, UsageError
 from lorax.formats.tokenizer_files import write_tokenizer
-from lorax.verify.adapter import batch, load_peft
+from lorax.verify.against_peft import batch, load_peft
 from lorax.verify.compare import compare
 from lorax.verify.difference import difference
 from lorax.verify.report import Check, Report
@@ -653,7 +653,7 @@ def test_verify_leaves_the_adapter_s_files_alone(place):
     "code",
     [
         "import lorax; from lorax.verify import quantization; assert callable(lorax.verify)",
-        "import lorax.verify.adapter, lorax; assert lorax.verify.__name__ == 'lorax.verify';"
+        "import lorax.verify.against_peft, lorax; assert lorax.verify.__name__ == 'lorax.verify';"
         "assert callable(lorax.verify)",
         "from lorax import verify; assert callable(verify); from lorax.verify.report import Report",
     ],

@@ -1,6 +1,6 @@
 """Reports: lorax's own numbers measured, and held against other libraries'.
 
-The room is its main function, too: `lorax.verify(adapter)` is `lorax.verify.adapter.verify`, and
+The room is its main function, too: `lorax.verify(adapter)` is `lorax.verify.against_peft.verify`, and
 `lorax.verify.quantization` and the others still import.
 """
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 class _Room(ModuleType):
     def __call__(self, *arguments: Any, **options: Any) -> "Report":
-        """See `lorax.verify.adapter.verify`."""
-        from lorax.verify.adapter import verify
+        """See `lorax.verify.against_peft.verify`."""
+        from lorax.verify.against_peft import verify
 
         return verify(*arguments, **options)
 
