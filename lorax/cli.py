@@ -226,7 +226,8 @@ def merge(
 
 inspect = App(
     name="inspect",
-    help="Look into a model or a run: lorax inspect quantization MODEL, ... optimizer RUN",
+    help="Look into a model, an adapter or a run: lorax inspect quantization MODEL, "
+    "... adapter PATH, ... optimizer RUN",
 )
 app.command(inspect)
 
@@ -298,6 +299,39 @@ def inspect_quantization(
         _say(f"picture  {plot}")
 
 
+@inspect.command(name="adapter")
+def inspect_adapter(
+    path: Path,
+    /,
+    *,
+    against: Annotated[Path | None, Parameter(help="Another adapter of the same base.")] = None,
+    json: Json = False,
+) -> None:
+    """How large an adapter's change is, layer by layer, and the angle to another adapter.
+
+    Parameters
+    ----------
+    path
+        A PEFT LoRA directory; no base model is needed.
+    """
+    from lorax.verify import adapter as report
+
+    found = report.inspect_adapter(path, against)
+    if json:
+        print(report.to_json(found))
+        return
+    columns = ["layer", "r", "Frobenius", "spectral", "eff. rank"]
+    columns += ["degrees"] if against is not None else []
+    table = Table(*columns, box=None)  # room for long paths
+    for size in found:
+        row = [size.layer, str(size.rank), f"{size.frobenius:.4g}", f"{size.spectral:.4g}"]
+        row.append(f"{size.effective_rank:.2f}")
+        if size.angle is not None:
+            row.append(f"{size.angle:.2f}")
+        table.add_row(*row)
+    out.print(table)
+
+
 @inspect.command(name="optimizer")
 def inspect_optimizer(path: str, /, *, json: Json = False) -> None:
     """What a run's optimizer holds, by name, and what paging has moved.
@@ -334,6 +368,47 @@ def inspect_optimizer(path: str, /, *, json: Json = False) -> None:
         table.add_row("bytes prefetched out", f"{report.paging.prefetched_out_bytes:,}")
         table.add_row("seconds waited", f"{report.paging.waited_seconds:.3f}")
         out.print(table)
+
+
+adapter = App(name="adapter", help="Calculate with adapters: lorax adapter add A B --output SUM")
+app.command(adapter)
+
+
+@adapter.command(name="add")
+def add_adapters(
+    *paths: Path,
+    output: Path,
+    weights: Annotated[
+        tuple[float, ...],
+        Parameter(
+            help="One for each, such as 1 -0.5; 1 where none are given.",
+            consume_multiple=True,
+        ),
+    ] = (),
+    rank: Annotated[
+        Positive | None, Parameter(help="Truncate each layer of the sum to this rank.")
+    ] = None,
+) -> None:
+    """Write the weighted sum of adapters as an adapter: exact, of the sum of their ranks.
+
+    Parameters
+    ----------
+    paths
+        PEFT LoRA directories of one base; no base model is needed.
+    output
+        The sum's directory; must be missing or empty.
+    """
+    from lorax.formats.adapter_data import weighted_sum, write_adapter
+    from lorax.formats.directory import check_free
+
+    check_free(output)
+    total = weighted_sum(paths, weights)
+    if rank is not None:
+        total, errors = total.truncate(rank)
+        worst = max(errors, key=lambda name: errors[name])
+        _say(f"truncating to rank {rank} lost {100 * errors[worst]:.2f} % at most ({worst})")
+    write_adapter(total, output)
+    _say(f"wrote {output}")
 
 
 @app.command

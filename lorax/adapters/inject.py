@@ -11,6 +11,7 @@ from torch import nn
 from lorax.adapters.config import DEFAULT_TARGETS, LoRAConfig
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
+from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
 from lorax.errors import AdapterError
 from lorax.models.gpt2 import GPT2
 from lorax.quant.linear import QuantizedLinear
@@ -28,18 +29,47 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> None:
     config = expand_targets(model, config)
     targets = _targets(model, config)
     _check_patterns(config, list(targets))
+    _check_start(model, targets, config)
+    layers = {name: _started_layer(name, base, config) for name, base in targets.items()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name, base in targets.items():
-        layer = _layer(name, base, config)
-        layer.initialize(config.init_lora_weights)
+    for name, layer in layers.items():
         replace_module(model, name, layer.train(model.training))
     model.adapter_config = config  # type: ignore[assignment]
 
 
 def _layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
     """The variant that the config asks for, around the module of that path."""
-    return LoRALinear(base, config.rank(name), config.scaling(name), config.lora_dropout)
+    plain = base, config.rank(name), config.scaling(name), config.lora_dropout
+    if config.starts_inside:
+        return ResidualLoRALinear(*plain)
+    if config.init_lora_weights == "loftq":
+        times, format = config.loftq_config["loftq_iter"], config.loftq_config.get("loftq_format")
+        return LoftQLinear(*plain, iterations=times, format=format or "nf4")
+    return LoRALinear(*plain)
+
+
+def _check_start(model: nn.Module, targets: dict[str, nn.Module], config: LoRAConfig) -> None:
+    """What cannot be started as asked, and could not be written as PEFT's file either."""
+    how = config.init_lora_weights
+    if not config.starts_inside and how != "loftq":
+        return
+    for name, module in targets.items():
+        if not _is_linear(module):
+            kind = type(module).__name__
+            raise AdapterError(f"{name} is a {kind}; init_lora_weights = {how!r} goes with Linears")
+    tied = model.config.tie_word_embeddings  # type: ignore[union-attr]
+    if how == "loftq" and "lm_head" in targets and tied:
+        raise AdapterError("lm_head is tied to the embedding; LoftQ cannot quantize one of them")
+
+
+def _started_layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
+    try:
+        layer = _layer(name, base, config)
+        layer.initialize(config.init_lora_weights)
+    except AdapterError as error:
+        raise AdapterError(f"{name}: {error}") from None
+    return layer
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -78,9 +108,14 @@ def disabled_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a quantized weight counts as many as it has values."""
+    """(trainable, all) parameters; a quantized weight counts as many as it has values.
+
+    LoftQ's quantized copies stand for parameters that are counted already.
+    """
     plain = list(model.parameters())
-    quantized = [m.quantized for m in model.modules() if isinstance(m, QuantizedLinear)]
+    copies = [m.quantized for m in model.modules() if isinstance(m, LoftQLinear)]
+    bases = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m not in copies]
+    quantized = [base.quantized for base in bases]
     everything = sum(p.numel() for p in plain) + sum(q.shape.numel() for q in quantized)
     return sum(p.numel() for p in plain if p.requires_grad), everything
 
@@ -113,6 +148,11 @@ def expand_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | QuantizedLinear)
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The modules that `add_adapter` would adapt, by their paths."""
+    return _targets(model, expand_targets(model, config))
 
 
 def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:

@@ -13,12 +13,11 @@ float32 masters while the matrix work runs in 16 bits. (PEFT casts the input up 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorax.adapters.initialize import fresh
 from lorax.adapters.layer import AdapterLayer
 from lorax.quant import ops
 from lorax.quant.linear import QuantizedLinear
@@ -46,41 +45,47 @@ class LoRALinear(AdapterLayer):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=self.device))
 
     def initialize(self, how: bool | str) -> None:
-        """Draw A and B from torch's global generator; see `LoRAConfig.init_lora_weights`."""
-        if how == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-            nn.init.zeros_(self.lora_B)
-            return
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if how is True:
-            nn.init.zeros_(self.lora_B)
-        else:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        """Draw A and B from torch's global generator; see initialize.py."""
+        fresh(self.lora_A, self.lora_B, how)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """What the path computes with: A (ranks, in) and B (out, ranks), float32."""
+        return self.lora_A, self.lora_B
+
+    @property
+    def frozen(self) -> nn.Module:
+        """What the path stands beside: the base, or what a variant computes with instead."""
+        return self.base_layer
+
+    def frozen_weight(self) -> Tensor:
+        """The dense weight of `frozen`, (out, in), in the base's dtype."""
+        return self.base_weight()
 
     def adapted(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        A, B = self.factors()
         if self._is_fused(x):
-            return self._fused(x)
-        y = self.base_layer(x)
+            return self._fused(x, A, B)
+        y = self.frozen(x)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        h = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
-        B = self.lora_B.to(x.dtype)
+        h = F.linear(x, A.to(x.dtype))  # (..., r)
+        B = B.to(x.dtype)
         path = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=self.scaling)
         return path.view(y.shape)
 
     def _is_fused(self, x: Tensor) -> bool:
         """Whether base and path are one operator: a four-bit base on CUDA, no dropout at work."""
-        base = self.base_layer
+        base = self.frozen
         dropping = self.dropout > 0 and self.training
         return isinstance(base, QuantizedLinear) and base.has_kernels(x) and not dropping
 
-    def _fused(self, x: Tensor) -> Tensor:
-        base = self.base_layer
+    def _fused(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        base = self.frozen
         assert isinstance(base, QuantizedLinear)
         assert isinstance(base.quantized, FourBitTensor)
         weight = base.quantized.operands()
-        return ops.lora_linear_4bit(x, self.lora_A, self.lora_B, self.scaling, base.bias, *weight)
+        return ops.lora_linear_4bit(x, A, B, self.scaling, base.bias, *weight)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """A and B."""
@@ -88,11 +93,12 @@ class LoRALinear(AdapterLayer):
 
     def delta(self) -> Tensor:
         """What the path adds to the weight: scaling * B A, (out, in) float32."""
-        return (self.lora_B.detach() @ self.lora_A.detach()).mul_(self.scaling)
+        A, B = self.factors()
+        return (B.detach() @ A.detach()).mul_(self.scaling)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W + scaling * B A, (out, in)."""
-        return self.base_weight().to(dtype) + self.delta().to(dtype)
+        return self.frozen_weight().to(dtype) + self.delta().to(dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
