@@ -1,6 +1,6 @@
 """Reports: lorax's own numbers measured, and held against other libraries'.
 
-The room is its main function, too: `lorax.verify(adapter)` is `lorax.verify.against_peft.verify`, and
+The room is its main function, too: `lorax.verify(adapter)` is `against_peft.verify`, and
 `lorax.verify.quantization` and the others still import.
 """
 
