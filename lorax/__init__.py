@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lorax.adapters.adalora_config import AdaLoRAConfig as AdaLoRAConfig
     from lorax.adapters.algebra import Adapter as Adapter
     from lorax.adapters.config import LoRAConfig as LoRAConfig
     from lorax.adapters.convert import convert_to_lora as convert_to_lora
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from lorax.adapters.merge import merge_adapter as merge_adapter
     from lorax.adapters.merge import unload_adapter as unload_adapter
     from lorax.adapters.merge import unmerge_adapter as unmerge_adapter
+    from lorax.adapters.prompt_config import PromptTuningConfig as PromptTuningConfig
+    from lorax.adapters.rank_allocator import RankAllocator as RankAllocator
+    from lorax.adapters.rank_allocator import fold_into_lora as fold_into_lora
     from lorax.errors import LoraxError as LoraxError
     from lorax.formats.adapter_data import read_adapter as read_adapter
     from lorax.formats.adapter_data import write_adapter as write_adapter
@@ -34,14 +38,18 @@ if TYPE_CHECKING:
     from lorax.training.recipe import Recipe as Recipe
 
 _HOME = {
+    "AdaLoRAConfig": "lorax.adapters.adalora_config",
     "Adapter": "lorax.adapters.algebra",
     "LoRAConfig": "lorax.adapters.config",
     "LoraxError": "lorax.errors",
+    "PromptTuningConfig": "lorax.adapters.prompt_config",
     "QuantizedTensor": "lorax.quant.tensor",
+    "RankAllocator": "lorax.adapters.rank_allocator",
     "Recipe": "lorax.training.recipe",
     "add_adapter": "lorax.adapters.inject",
     "convert_to_lora": "lorax.adapters.convert",
     "disabled_adapter": "lorax.adapters.inject",
+    "fold_into_lora": "lorax.adapters.rank_allocator",
     "generate": "lorax.inference.generate",
     "load_adapter": "lorax.formats.peft",
     "load_model": "lorax.formats.huggingface",

@@ -45,6 +45,7 @@ Quantization = Annotated[
 Dtype = Annotated[str, Parameter(help="auto, float32 or bfloat16.")]
 Device = Annotated[str, Parameter(help="cpu or cuda.")]
 Base = Annotated[str | None, Parameter(help="The base model, where the adapter's is elsewhere.")]
+CheckBase = Annotated[bool, Parameter(help="Refuse an adapter that was trained over another base.")]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 Json = Annotated[bool, Parameter(help="Print one JSON object.", negative="")]
 
@@ -72,7 +73,7 @@ def train(
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     dry_run: Annotated[bool, Parameter(help="Check and print the plan only.", negative="")] = False,
 ) -> None:
-    """Train an adapter: lorax train recipe.toml --train.learning_rate 1e-4 --data.path my.jsonl
+    """Train a recipe: lorax train recipe.toml --train.learning_rate 1e-4 --data.path my.jsonl
 
     Any key of the recipe can be given by its path, and then wins over the file. --dry-run prints
     all keys with their values.
@@ -95,7 +96,7 @@ def train(
 
     with TrainingProgress(out) as progress:
         run = run_recipe(checked, progress)
-    out.print(f"adapter  {run.output_dir / 'adapter'}", highlight=False, soft_wrap=True)
+    out.print(f"{run.result.name:<8} {run.result}", highlight=False, soft_wrap=True)
     out.print(f"picture  {run.output_dir / 'loss.png'}", highlight=False, soft_wrap=True)
 
 
@@ -113,6 +114,7 @@ def generate(
     quantization: Quantization = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    check_base: CheckBase = True,
 ) -> None:
     """Let a model, or a model with an adapter, answer a prompt.
 
@@ -127,7 +129,7 @@ def generate(
     """
     from lorax.inference.generate import stream
 
-    model, tokenizer = _open(path, base, dtype, device, quantization)
+    model, tokenizer = _open(path, base, dtype, device, quantization, check_base)
     if tokenizer.chat_template is not None and not raw:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -156,6 +158,7 @@ def evaluate(
     quantization: Quantization = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    check_base: CheckBase = True,
     json: Json = False,
 ) -> None:
     """Loss and perplexity of a model, or of a model with an adapter, on rows of data.
@@ -170,7 +173,7 @@ def evaluate(
     from lorax.data.examples import load_examples
     from lorax.training.evaluate import evaluate as measure
 
-    model, tokenizer = _open(path, base, dtype, device, quantization)
+    model, tokenizer = _open(path, base, dtype, device, quantization, check_base)
     examples = load_examples(data, tokenizer, max_length)
     result: dict[str, Any] = measure(model, examples.rows, micro_batch_size, tokenizer.pad_token_id)
     numbers = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -198,6 +201,7 @@ def merge(
     quantization: Quantization = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    check_base: CheckBase = True,
 ) -> None:
     """Merge an adapter into its base and write a plain model that transformers opens.
 
@@ -217,7 +221,9 @@ def merge(
     from lorax.formats.huggingface import save_model
 
     check_free(output)
-    model, tokenizer = _open(adapter, base, dtype, device, quantization, needs_adapter=True)
+    model, tokenizer = _open(
+        adapter, base, dtype, device, quantization, check_base, needs_adapter=True
+    )
     report = unload_adapter(model, merge=True)
     save_model(model, output, tokenizer=tokenizer)
     out.print(str(report), highlight=False, soft_wrap=True)
@@ -573,6 +579,7 @@ def _open(
     dtype: str,
     device: str,
     quantization: str | None,
+    check_base: bool,
     *,
     needs_adapter: bool = False,
 ) -> tuple[Model, Tokenizer]:
@@ -585,6 +592,7 @@ def _open(
         device=device,
         quantization=quantization,
         needs_adapter=needs_adapter,
+        check_base=check_base,
     )
 
 

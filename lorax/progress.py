@@ -44,8 +44,9 @@ class TrainingProgress(Listener):
         examples, share = plan.examples, 100 * plan.trainable / plan.parameters
         model = plan.recipe.model
         self._say(f"model    {model.path} ({model.dtype}, {model.quantization or 'not quantized'})")
+        what = "weights" if plan.recipe.adapter.method == "full" else "adapter"
         self._say(
-            f"adapter  trainable params: {plan.trainable:,} || all params: {plan.parameters:,} || "
+            f"{what}  trainable params: {plan.trainable:,} || all params: {plan.parameters:,} || "
             f"trainable%: {share:.4f}"
         )
         self._say(

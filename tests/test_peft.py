@@ -229,8 +229,9 @@ def test_tensors_that_do_not_fit_are_refused_by_name(fault, adapter):
     ("change", "error", "word"),
     [
         ({"use_dora": True}, AdapterError, "use_dora"),
-        ({"peft_type": "ADALORA"}, AdapterError, "ADALORA"),
-        ({"bias": "all"}, AdapterError, "bias"),
+        ({"peft_type": "LOHA"}, AdapterError, "LOHA"),
+        ({"peft_type": "ADALORA"}, AdapterError, "total_step"),
+        ({"bias": "some"}, AdapterError, "bias"),
         ({"lora_alpha": "x"}, AdapterError, "lora_alpha"),
         ({"something_new": 3}, AdapterError, "something_new"),
         ({"target_modules": ["q_proj", "qq_proj"]}, AdapterError, "qq_proj"),

@@ -66,7 +66,7 @@ def refused(**overrides) -> str:
 def test_a_recipe_needs_three_keys_only():
     recipe = build()
     assert recipe.train.batch_size == 16
-    assert recipe.lora_config() == LoRAConfig()
+    assert recipe.adapter_config(total_steps=5) == LoRAConfig()
 
 
 @pytest.mark.parametrize("key", ["model.path", "data.path", "train.output_dir"])
@@ -132,16 +132,13 @@ def test_an_override_below_a_value_is_refused():
 def test_the_recipe_of_the_design_is_accepted(tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text(DESIGN)
-    config = Recipe.load(file).lora_config()
+    config = Recipe.load(file).adapter_config(total_steps=5)
     assert (config.r, config.lora_alpha, config.target_modules) == (16, 32, "all-linear")
 
 
 @pytest.mark.parametrize(
     ("key", "value", "feature"),
     [
-        ("adapter.method", "adalora", "other methods than lora"),
-        ("adapter.method", "prompt-tuning", "other methods than lora"),
-        ("adapter.method", "full", "other methods than lora"),
         ("data.packing", True, "packing"),
         ("train.save_steps", 100, "checkpoints"),
         ("train.keep_checkpoints", 2, "checkpoints"),
@@ -154,7 +151,7 @@ def test_a_feature_that_is_left_out_is_refused_by_name(key, value, feature):
     assert feature in message
 
 
-@pytest.mark.parametrize("key", ["use_dora", "modules_to_save", "loftq_config", "lora_bias"])
+@pytest.mark.parametrize("key", ["use_dora", "loftq_config", "lora_bias"])
 def test_a_lora_option_that_is_left_out_is_refused_by_name(key):
     assert key in refused(**{f"adapter.{key}": True})
 
@@ -162,9 +159,9 @@ def test_a_lora_option_that_is_left_out_is_refused_by_name(key):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("adapter.init_lora_weights", "pissa"),
-        ("adapter.init_lora_weights", "olora"),
-        ("adapter.bias", "all"),
+        ("adapter.init_lora_weights", "corda"),
+        ("adapter.init_lora_weights", "eva"),
+        ("adapter.bias", "some"),
         ("adapter.r", 0),
         ("adapter.lora_dropout", 1.0),
         ("adapter.rank_pattern", {"q_proj": -1}),

@@ -35,10 +35,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def recipe(folder, output, **overrides):
+def recipe(folder, output, adapter=None, **overrides):
     values = {
         "model": {"path": str(folder / "model"), "dtype": "float32"},
-        "adapter": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        "adapter": adapter or {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
         "data": {"path": str(folder / "rows.jsonl"), "eval_fraction": 0.2},
         "train": {
             "output_dir": str(output),

@@ -254,6 +254,10 @@ def check_low_rank(config: LoRAConfig, where: str) -> None:
         AdapterError: with the field.
     """
     plain = LoRAConfig()
+    if config.peft_type != plain.peft_type:
+        raise AdapterError(
+            f"{where} is {config.peft_type}; expected LORA, which fold_into_lora(model) makes of it"
+        )
     for key in ("use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices"):
         value = getattr(config, key)
         if value != getattr(plain, key):

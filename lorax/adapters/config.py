@@ -25,7 +25,6 @@ NOT_COVERED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
-    "ensure_weight_tying": False,
     "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
@@ -39,10 +38,7 @@ NOT_COVERED: dict[str, Any] = {
 }
 # Fields of LoRAConfig whose feature is being built: refused at any other value.
 _NOT_BUILT: dict[str, Any] = {
-    "bias": "none",
     "lora_bias": False,
-    "modules_to_save": None,
-    "trainable_token_indices": None,
     "use_dora": False,
 }
 # Keys that say nothing about the result.
@@ -82,6 +78,7 @@ class LoRAConfig:
     use_dora: magnitude and direction trained apart (Liu et al., arXiv:2402.09353).
     modules_to_save: names of modules that are trained as a whole, in a copy.
     trainable_token_indices: rows of the embedding that are trained, for the embedding or by name.
+    ensure_weight_tying: a tied head and embedding that are trained as a whole stay one.
     loftq_config: {"loftq_bits": 4, "loftq_iter": N}, with init_lora_weights = "loftq"; lorax's
         own key "loftq_format" takes "nf4" (PEFT's, the default) or "nf4-dq".
 
@@ -106,23 +103,27 @@ class LoRAConfig:
     lora_bias: bool = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     loftq_config: dict[str, Any] = field(default_factory=dict)
 
     peft_type: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
-        for key in ("target_modules", "exclude_modules"):
+        for key in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str | list):
                 object.__setattr__(self, key, sorted(value))  # PEFT's users pass sets and tuples
-        _check_rank("r", self.r)
+        check_rank("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
-        for name, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{name!r}]", rank)
+        self._check_rank_pattern()
         for name, alpha in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern[{name!r}]", alpha)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise AdapterError(f"lora_dropout is {self.lora_dropout}; expected 0 <= p < 1")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise AdapterError(f"bias is {self.bias!r}; expected none, all or lora_only")
+        _check_names("modules_to_save", self.modules_to_save)
+        _check_indices(self.trainable_token_indices)
         for key, rest in _NOT_BUILT.items():
             if getattr(self, key) != rest:
                 value = getattr(self, key)
@@ -153,7 +154,7 @@ class LoRAConfig:
             if key in NOT_COVERED and value not in (NOT_COVERED[key], None, False):
                 raise AdapterError(f"{where}: {key} = {value!r} is not covered by lorax")
             if key not in known and key not in NOT_COVERED and key not in DESCRIPTIVE:
-                if value in (None, False) or value == {}:
+                if not value:
                     continue  # a newer PEFT's key at rest
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
@@ -186,10 +187,12 @@ class LoRAConfig:
         """Whether this path is a target, by PEFT's rules (for a given target_modules)."""
         if self.exclude_modules and _matches(self.exclude_modules, name):
             return False
+        if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in self.modules_to_save or []):
+            return False  # trained as a whole
         if not self.target_modules or not _matches(self.target_modules, name):
             return False
-        if self.layers_to_transform is None or name in self.target_modules:
-            return True  # a whole path in the list is meant as it stands, whatever its layer
+        if self.layers_to_transform in (None, []) or name in self.target_modules:
+            return True  # no numbers; or a whole path, meant as it stands, whatever its layer
         return self._layer_number(name) in self._layers()
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
@@ -204,6 +207,10 @@ class LoRAConfig:
             if not any(_matches(target if whole else [target], name) for name in names)
         ]
 
+    def _check_rank_pattern(self) -> None:
+        for name, rank in self.rank_pattern.items():
+            check_rank(f"rank_pattern[{name!r}]", rank)
+
     def _check_loftq(self) -> None:
         """Fill in PEFT's defaults, refuse what is not covered."""
         if self.init_lora_weights != "loftq":
@@ -216,7 +223,7 @@ class LoRAConfig:
             raise AdapterError(f"loftq_config: {unknown} unknown; expected loftq_bits, loftq_iter")
         if config["loftq_bits"] != 4:
             raise AdapterError(f"loftq_bits is {config['loftq_bits']!r}; lorax covers 4 (NF4)")
-        _check_rank("loftq_iter", config["loftq_iter"])
+        check_rank("loftq_iter", config["loftq_iter"])
         if config.get("loftq_format", "nf4") not in ("nf4", "nf4-dq"):
             found = config["loftq_format"]
             raise AdapterError(f"loftq_format is {found!r}; expected 'nf4' or 'nf4-dq'")
@@ -246,8 +253,11 @@ class LoRAConfig:
         plain = (self.target_modules, self.exclude_modules)
         layers = self.layers_pattern or []
         used = {expression: expression for expression in plain if isinstance(expression, str)}
-        used |= {key: rf"(.*\.)?({key})$" for key in (*self.rank_pattern, *self.alpha_pattern)}
+        used |= {
+            key: rf"(.*\.)?({key})$" for key in (*(self.rank_pattern or ()), *self.alpha_pattern)
+        }
         used |= {p: rf".*\.{p}\." for p in ([layers] if isinstance(layers, str) else layers)}
+        used |= {m: rf"(^|.*\.){m}($|\..*)" for m in self.modules_to_save or []}
         for expression, whole in used.items():
             try:
                 re.compile(expression)
@@ -263,7 +273,8 @@ def _matches(patterns: list[str] | str, name: str) -> bool:
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
-def _check_rank(name: str, rank: Any) -> None:
+def check_rank(name: str, rank: Any) -> None:
+    """Refuse what is no whole number from 1 to MAX_RANK."""
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
         raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 to {MAX_RANK}")
 
@@ -271,3 +282,20 @@ def _check_rank(name: str, rank: Any) -> None:
 def _check_alpha(name: str, alpha: Any) -> None:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise AdapterError(f"{name} is {alpha!r}; expected a finite number")
+
+
+def _check_names(key: str, names: Any) -> None:
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise AdapterError(f"{key} is {names!r}; expected a list of names")
+
+
+def _check_indices(indices: Any) -> None:
+    lists = indices.values() if isinstance(indices, dict) else [indices or []]
+    for rows in lists:
+        whole = isinstance(rows, list) and all(type(row) is int for row in rows)
+        if not whole:
+            raise AdapterError(
+                f"trainable_token_indices has {rows!r}; expected a list of whole numbers"
+            )

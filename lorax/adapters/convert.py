@@ -108,6 +108,7 @@ def convert_to_lora(model: nn.Module) -> None:
         config = plain_form(config)
     else:
         config = dataclasses.replace(config, init_lora_weights=True, loftq_config={})
+        model.loaded_from = None  # type: ignore[assignment]
     for name, layer in layers.items():
         replace_module(model, name, _plain_layer(layer))
     model.adapter_config = config  # type: ignore[assignment]

@@ -8,33 +8,52 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lorax.adapters.adalora import AdaLoRAConfig, AdaLoRALinear
 from lorax.adapters.config import DEFAULT_TARGETS, LoRAConfig
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
+from lorax.adapters.prompt import Encodes, PromptTuningConfig, add_prompt
+from lorax.adapters.replaced import find_parameters, replace_parameters, replaced_parameters
 from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
+from lorax.adapters.tokens import find_rows, put_rows
 from lorax.errors import AdapterError
 from lorax.models.gpt2 import GPT2
 from lorax.quant.linear import QuantizedLinear
 
 
-def add_adapter(model: nn.Module, config: LoRAConfig) -> None:
-    """Put LoRA into the model, in place; afterwards the adapter alone requires gradients.
+def add_adapter(
+    model: nn.Module, config: LoRAConfig | PromptTuningConfig, tokenizer: Encodes | None = None
+) -> None:
+    """Put an adapter into the model, in place; afterwards the adapter alone requires gradients.
+
+    Args:
+        model: a model without an adapter.
+        config: what, and where: a LoRAConfig, an AdaLoRAConfig or a PromptTuningConfig.
+        tokenizer: the model's, for a prompt that starts as a text; nothing else asks for it.
 
     Raises:
         AdapterError: the model has an adapter already, a target matches no module or one that is
-            no Linear, or a pattern matches no target. The model is then as it was.
+            no Linear, a pattern matches no target, or something asks to be trained twice over. The
+            model is then as it was.
     """
     if adapter_layers(model):
         raise AdapterError("the model has an adapter already; unload_adapter(model) first")
+    if isinstance(config, PromptTuningConfig):
+        add_prompt(model, config, tokenizer)
+        return
     config = expand_targets(model, config)
     targets = _targets(model, config)
     _check_patterns(config, list(targets))
+    rows = find_rows(model, config)
+    whole = find_parameters(model, config, {*targets, *rows})
     _check_start(model, targets, config)
     layers = {name: _started_layer(name, base, config) for name, base in targets.items()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, layer in layers.items():
         replace_module(model, name, layer.train(model.training))
+    put_rows(model, rows)
+    replace_parameters(model, whole)
     model.adapter_config = config  # type: ignore[assignment]
 
 
@@ -46,7 +65,8 @@ def _layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
     if config.init_lora_weights == "loftq":
         times, format = config.loftq_config["loftq_iter"], config.loftq_config.get("loftq_format")
         return LoftQLinear(*plain, iterations=times, format=format or "nf4")
-    return LoRALinear(*plain)
+    variant = AdaLoRALinear if isinstance(config, AdaLoRAConfig) else LoRALinear
+    return variant(*plain)
 
 
 def _check_start(model: nn.Module, targets: dict[str, nn.Module], config: LoRAConfig) -> None:
@@ -86,18 +106,29 @@ def require_adapter(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def adapter_config(model: nn.Module) -> LoRAConfig:
-    """The config of the model's adapter, its targets written out."""
+    """The config of the model's LoRA of any kind, its targets written out."""
+    config = stated_config(model)
+    if isinstance(config, PromptTuningConfig):
+        raise AdapterError("the model's adapter is a tuned prompt; expected a LoRA")
+    return config
+
+
+def stated_config(model: nn.Module) -> LoRAConfig | PromptTuningConfig:
+    """The config of the model's adapter, whatever it is."""
     require_adapter(model)
     config = model.adapter_config
-    assert isinstance(config, LoRAConfig)
+    assert isinstance(config, LoRAConfig | PromptTuningConfig)
     return config
 
 
 @contextmanager
 def disabled_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` the model computes as its base alone."""
+    """Inside the `with` the model computes as its base alone, as it was loaded."""
     layers = require_adapter(model).values()
     before = [layer.enabled for layer in layers]
+    replaced = [r for r in replaced_parameters(model) if r.is_in_place(model)]
+    for replacement in replaced:
+        replacement.put(model, trained=False)
     for layer in layers:
         layer.enabled = False
     try:
@@ -105,6 +136,8 @@ def disabled_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+        for replacement in replaced:
+            replacement.put(model, trained=True)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -177,6 +210,11 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
 
 
 def _check_patterns(config: LoRAConfig, targets: list[str]) -> None:
+    if isinstance(config, AdaLoRAConfig):
+        strangers = set(config.rank_pattern or ()) - {f"{name}.lora_E" for name in targets}
+        if strangers:
+            raise AdapterError(f"rank_pattern: {min(strangers)!r} belongs to no adapted module")
+        return
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in getattr(config, key).items():
             alone = dataclasses.replace(

@@ -75,10 +75,12 @@ class LoRALinear(AdapterLayer):
         return path.view(y.shape)
 
     def _is_fused(self, x: Tensor) -> bool:
-        """Whether base and path are one operator: a four-bit base on CUDA, no dropout at work."""
+        """Whether base and path are one operator: a frozen four-bit base on CUDA, no dropout."""
         base = self.frozen
         dropping = self.dropout > 0 and self.training
-        return isinstance(base, QuantizedLinear) and base.has_kernels(x) and not dropping
+        if not isinstance(base, QuantizedLinear) or base.trains_bias:
+            return False
+        return base.has_kernels(x) and not dropping
 
     def _fused(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         base = self.frozen

@@ -14,12 +14,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorax.adapters.inject import replace_module, require_adapter
 from lorax.adapters.layer import AdapterLayer
+from lorax.adapters.replaced import forget, put_back
+from lorax.adapters.tokens import tie_merged
 from lorax.errors import AdapterError
 
 
@@ -60,11 +63,10 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     layers = require_adapter(model)
     if any(layer.merged is not None for layer in layers.values()):
         raise AdapterError("the adapter is merged already")
-    merged = {name: merged_layer(layer) for name, layer in layers.items()}
+    merged, errors = _merged(layers)
     for name, layer in layers.items():
-        layer.merged = merged[name][0]
-    dtype = next(iter(layers.values())).base_weight().dtype
-    return MergeReport({name: error for name, (_, error) in merged.items()}, dtype)
+        layer.merged = merged[name]
+    return MergeReport(errors, next(iter(layers.values())).base_weight().dtype)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -82,27 +84,48 @@ def unload_adapter(model: nn.Module, merge: bool = False) -> MergeReport | None:
     Args:
         model: a model with an adapter.
         merge: leave the adapter's effect in the weights; a quantized layer then becomes dense.
-            A head that was tied to the embedding gets a weight of its own, and the config says so.
+            What was trained as a whole stays. Where that makes a head differ from the embedding
+            that it was tied to, it has a weight of its own, and the config says so. Without
+            `merge` the base is as it was loaded.
 
     Returns:
         With `merge`, what it cost.
     """
     layers = require_adapter(model)
-    errors = {}
-    for name, layer in layers.items():
-        module = layer.base_layer
-        if merge:
-            merged, errors[name] = merged_layer(layer)
-            module = merged.train(layer.training)
-        replace_module(model, name, module)
-    del model.adapter_config
     if not merge:
+        put_back(model)
+        for name, layer in layers.items():
+            replace_module(model, name, layer.base_layer)
+        del model.adapter_config
         return None
-    if "lm_head" in errors:
-        model.config = dataclasses.replace(model.config, tie_word_embeddings=False)  # type: ignore
+    merged, errors = _merged(layers)
+    for name, layer in layers.items():
+        replace_module(model, name, merged[name].train(layer.training))
+    forget(model)
+    del model.adapter_config
+    _say_if_untied(model)
+    model.loaded_from = None  # type: ignore[assignment]
     last = model.get_submodule(next(iter(errors))).weight
     assert isinstance(last, torch.Tensor)
     return MergeReport(errors, last.dtype)
+
+
+def _merged(layers: dict[str, AdapterLayer]) -> tuple[dict[str, nn.Module], dict[str, float]]:
+    """The dense module of each layer, and what rounding cost it."""
+    merged, errors = {}, {}
+    for name, layer in layers.items():
+        merged[name], errors[name] = merged_layer(layer)
+    tie_merged(layers, merged)
+    return merged, errors
+
+
+def _say_if_untied(model: nn.Module) -> None:
+    """A head that is the embedding no longer must not be written or read as if it were."""
+    config: Any = model.config
+    head = getattr(model.lm_head, "weight", None)
+    embedding = model.get_parameter(model.embedding_name)  # type: ignore[arg-type]
+    if config.tie_word_embeddings and head is not embedding:
+        model.config = dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def merged_layer(layer: AdapterLayer) -> tuple[nn.Module, float]:

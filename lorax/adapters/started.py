@@ -119,8 +119,9 @@ class LoftQLinear(LoRALinear):
 
     @property
     def frozen(self) -> nn.Module:
-        """The quantized copy."""
+        """The quantized copy, with the bias that the base has now (it may be trained)."""
         assert self.quantized is not None
+        self.quantized.bias = self.dense_base().bias  # type: ignore[assignment]
         return self.quantized
 
     def frozen_weight(self) -> Tensor:

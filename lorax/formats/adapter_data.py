@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from lorax.formats.peft import (
     _PREFIX,
     CONFIG,
     TENSORS,
+    find_adapter,
     read_adapter_config,
     write_peft_directory,
 )
@@ -36,8 +36,10 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         AdapterError: the adapter is more than a low-rank matrix beside the weight, or its tensors
             do not fit its config.
     """
-    directory = Path(path)
+    directory = find_adapter(path)
     config, base = read_adapter_config(directory)
+    if not isinstance(config, LoRAConfig):
+        raise AdapterError(f"{directory / CONFIG}: is {config.peft_type}; expected a LoRA")
     _check_by_itself(config, str(directory / CONFIG))
     file = directory / TENSORS
     if not file.is_file():

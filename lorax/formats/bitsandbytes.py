@@ -91,6 +91,10 @@ class QuantizedFiles:
         """All tensors' names but the companions'."""
         return [name for name in self._files.names if not _COMPANION.fullmatch(name)]
 
+    def parts(self, name: str) -> dict[str, str]:
+        """The companions of a quantized weight: part ("weight.absmax", ...) -> tensor's name."""
+        return self._companions.get(name, {})
+
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored."""
         return self._files.read(name)

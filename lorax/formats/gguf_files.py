@@ -90,6 +90,12 @@ class GGUFFile:
         kind = self._tensors[name].tensor_type.name
         return {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
 
+    def stored(self, name: str) -> tuple[str, tuple[int, ...], Any]:
+        """One tensor as it lies in the file: its type's name, its shape, its bytes."""
+        tensor = self._tensors[name]
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        return tensor.tensor_type.name, shape, np.ascontiguousarray(tensor.data)
+
     def read(self, name: str) -> Tensor:
         """One tensor, decoded, its rows in Hugging Face's order."""
         import gguf

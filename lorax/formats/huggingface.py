@@ -109,6 +109,7 @@ def load_model(
         )
     _fill(files, wanted or files.dtype, device, quantization)
     files.model.name_or_path = os.fspath(path)
+    files.model.loaded_from = files.where.resolve()
     return files.model
 
 

@@ -3,8 +3,12 @@
     base_model.model.<path of the module>.lora_A.weight    (r, in)
     base_model.model.<path of the module>.lora_B.weight    (out, r)
 
+AdaLoRA's are `....lora_A` (r_l, in), `....lora_E` (r_l, 1) and `....lora_B` (out, r_l), pruned by
+the config's rank_pattern, down to r_l = 0. A tuned prompt is `prompt_embeddings` (n, C).
+
 Tensors are float32 as a rule. A file with a tensor too many or too few, or of another shape, is
 refused: PEFT loads such a file without a word, and the adapter then is not what its author trained.
+What lorax saves carries a fingerprint of the base and of the adapter itself (fingerprint.py).
 """
 
 import dataclasses
@@ -17,24 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.adalora import AdaLoRAConfig
 from lorax.adapters.config import NOT_COVERED, LoRAConfig
 from lorax.adapters.convert import plain_form, plain_tensors, start_is_lost
 from lorax.adapters.inject import (
-    adapter_config,
     adapter_layers,
     add_adapter,
     find_targets,
     require_adapter,
+    stated_config,
 )
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import unload_adapter
+from lorax.adapters.prompt import PromptTuning, PromptTuningConfig, insert_prompt
+from lorax.adapters.replaced import replaced_parameters
 from lorax.adapters.started import ResidualLoRALinear
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import AdapterError, FormatError, UsageError
+from lorax.formats import fingerprint
 from lorax.formats.directory import written_directory
-from lorax.formats.huggingface import load_model, load_tokenizer
+from lorax.formats.huggingface import as_stored, load_model, load_tokenizer
 from lorax.formats.json_files import read_json
-from lorax.formats.safetensors_files import FLOATS, read_file, write_file
+from lorax.formats.safetensors_files import FLOATS, read_file, read_metadata, write_file
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
 
@@ -44,6 +52,9 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # whose format this is
 _PREFIX = "base_model.model."
+CONFIGS: dict[str, type[LoRAConfig] | type[PromptTuningConfig]] = {
+    kind.peft_type: kind for kind in (LoRAConfig, AdaLoRAConfig, PromptTuningConfig)
+}
 
 _CARD = """---
 base_model: {base}
@@ -51,34 +62,66 @@ library_name: peft
 pipeline_tag: text-generation
 tags:
 - base_model:adapter:{base}
-- lora
-- lorax
+{tags}- lorax
 ---
 
-# LoRA adapter
+# {kind} adapter
 
-Trained with lorax: r = {r}, lora_alpha = {alpha}. PEFT and lorax load it:
+Trained with lorax: {sizes}. PEFT and lorax load it:
 
     PeftModel.from_pretrained(model, "PATH")        lorax.load_adapter(model, "PATH")
 """
 
 
-def read_adapter_config(path: str | os.PathLike[str]) -> tuple[LoRAConfig, str | None]:
+def find_adapter(path: str | os.PathLike[str]) -> Path:
+    """The directory that holds the adapter: `path`, or its only sub-directory that does.
+
+    PEFT puts an adapter which is not called "default" into a sub-directory of its name.
+
+    Raises:
+        FormatError: there is none, or there are several, which are named.
+    """
+    directory = Path(path)
+    if (directory / CONFIG).is_file():
+        return directory
+    below = sorted(file.parent for file in directory.glob(f"[!.]*/{CONFIG}"))
+    if not below:
+        raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory")
+    if len(below) > 1:
+        names = ", ".join(folder.name for folder in below)
+        raise FormatError(
+            f"{directory}: several adapters lie there ({names}); give the path of one of them"
+        )
+    return below[0]
+
+
+def _is_adapter(directory: Path) -> bool:
+    """Whether an adapter lies there or below; a model may have some below and stays a model."""
+    if (directory / CONFIG).is_file():
+        return True
+    is_model = (directory / "config.json").is_file()
+    return not is_model and any(directory.glob(f"[!.]*/{CONFIG}"))
+
+
+def read_adapter_config(
+    path: str | os.PathLike[str],
+) -> tuple[LoRAConfig | PromptTuningConfig, str | None]:
     """The config of an adapter directory, and the base model that it names.
 
     Raises:
         FormatError: no such file, or damaged. AdapterError: a key that lorax does not cover.
     """
-    directory = Path(path)
-    file = directory / CONFIG
-    if not file.is_file():
-        raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory")
+    file = find_adapter(path) / CONFIG
     values = read_json(file)
-    if values.get("peft_type") != "LORA":
-        raise AdapterError(f"{file}: peft_type {values.get('peft_type')!r}; lorax reads LORA")
-    _check_types(values, file)
+    kind = CONFIGS.get(str(values.get("peft_type")))
+    if kind is None:
+        raise AdapterError(
+            f"{file}: peft_type {values.get('peft_type')!r}; lorax reads {', '.join(CONFIGS)}"
+        )
+    if kind is not PromptTuningConfig:
+        _check_types(values, file)
     base = values.get("base_model_name_or_path")
-    return LoRAConfig.from_dict(values, str(file)), base if isinstance(base, str) else None
+    return kind.from_dict(values, str(file)), base if isinstance(base, str) else None
 
 
 def open_model(
@@ -89,14 +132,17 @@ def open_model(
     device: str = "cpu",
     quantization: str | None = None,
     needs_adapter: bool = False,
+    check_base: bool = True,
 ) -> tuple[Model, Tokenizer]:
     """Load a model, or an adapter with its base, whichever lies at `path`; and its tokenizer.
 
     Args:
-        path: a model (directory, Hub id, .gguf), an adapter's directory or a run's.
+        path: a model (directory, Hub id, .gguf), an adapter's directory or a run's, which has
+            an adapter/ or, after full fine-tuning, a model/.
         base: the base of an adapter, where its config's own entry does not lead to it.
         dtype, device, quantization: as in `load_model`.
         needs_adapter: refuse a plain model.
+        check_base: as in `load_adapter`.
 
     Raises:
         UsageError: an adapter that names no base, a plain model with a `base`, or one where an
@@ -104,7 +150,9 @@ def open_model(
     """
     if (Path(path) / "adapter" / CONFIG).is_file():  # a run's directory
         path = str(Path(path) / "adapter")
-    is_adapter = (Path(path) / CONFIG).is_file()
+    elif (Path(path) / "model" / "config.json").is_file():  # of full fine-tuning
+        path = str(Path(path) / "model")
+    is_adapter = _is_adapter(Path(path))
     if not is_adapter:
         if needs_adapter or base is not None:
             raise UsageError(f"{path}: no {CONFIG} there; expected an adapter's directory")
@@ -115,37 +163,57 @@ def open_model(
     if base is None:
         raise UsageError(f"{path}: the adapter names no base model; give one with --base")
     model = load_model(base, dtype, device, quantization)
-    load_adapter(model, path)
+    load_adapter(model, path, check_base=check_base)
     return model, load_tokenizer(base)
 
 
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike[str], trainable: bool = False
-) -> LoRAConfig:
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    trainable: bool = False,
+    *,
+    check_base: bool = True,
+    check_adapter: bool = True,
+) -> LoRAConfig | PromptTuningConfig:
     """Load a PEFT adapter directory into the model, in place.
 
     Args:
         model: a model without an adapter.
-        path: the directory.
+        path: the directory, or one above it that holds no other adapter.
         trainable: whether the adapter requires gradients afterwards.
+        check_base: refuse an adapter whose fingerprint is that of another base. Reads the base's
+            files once more, the first time. False, where you know that the bases are the same.
+        check_adapter: refuse an adapter that was changed since lorax saved it.
 
     Raises:
-        AdapterError: a tensor is missing, unexpected, of another shape or not finite, or the
-            config does not fit the model. The model is then as it was.
+        AdapterError: a tensor is missing, unexpected, of another shape or not finite, the config
+            does not fit the model, or the fingerprint does not hold. The model is then as it was.
         FormatError: the directory is incomplete or damaged.
     """
-    directory = Path(path)
+    directory = find_adapter(path)
     config, _ = read_adapter_config(directory)
     if not (directory / TENSORS).is_file():
         pickled = (directory / "adapter_model.bin").is_file()
         hint = "; adapter_model.bin is a pickle: save it again as safetensors" if pickled else ""
         raise FormatError(f"{directory}: no {TENSORS}{hint}")
     tensors = read_file(directory / TENSORS)
-    _check_start(model, config, str(directory / CONFIG))
+    stated = read_metadata(directory / TENSORS).get(fingerprint.KEY)
+    if stated is not None:
+        where = str(directory / TENSORS)
+        found = fingerprint.parse(stated, where)
+        if check_adapter:
+            fingerprint.check_adapter(found, config, tensors, where)
+        if check_base:
+            fingerprint.check_base(found, model, where)
+    if isinstance(config, LoRAConfig):
+        _check_start(model, config, str(directory / CONFIG))
     before = [parameter.requires_grad for parameter in model.parameters()]
     parameters = list(model.parameters())
-    with torch.random.fork_rng(devices=[]):
-        add_adapter(model, config)
+    if isinstance(config, PromptTuningConfig):
+        insert_prompt(model, config)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            add_adapter(model, config)
     try:
         _load_tensors(model, tensors, str(directory / TENSORS))
     except AdapterError:
@@ -156,6 +224,8 @@ def load_adapter(
     for layer in adapter_layers(model).values():
         for tensor in layer.tensors().values():
             tensor.requires_grad_(trainable)
+    for replacement in replaced_parameters(model):
+        replacement.trained.requires_grad_(trainable)
     return config
 
 
@@ -174,15 +244,27 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], plain: bool | N
         AdapterError: there is no adapter, it is not finite, or it has not the form that was asked.
         EnvironmentProblem: the disk is full or refuses; what was there before is intact.
     """
-    config, tensors = _in_form(model, plain)
-    config = dataclasses.replace(config, fan_in_fan_out=isinstance(model, GPT2))
-    write_peft_directory(path, config, tensors, getattr(model, "name_or_path", "") or None)
+    config: LoRAConfig | PromptTuningConfig = stated_config(model)
+    if isinstance(config, PromptTuningConfig):
+        tensors = adapter_tensors(model)
+    else:
+        config, tensors = _in_form(model, config, plain)
+        config = dataclasses.replace(config, fan_in_fan_out=isinstance(model, GPT2))
+    base = getattr(model, "name_or_path", "") or None
+    mark = fingerprint.describe(model, config, tensors)
+    write_peft_directory(path, config, tensors, base, mark)
 
 
 def write_peft_directory(
-    path: str | os.PathLike[str], config: LoRAConfig, tensors: dict[str, Tensor], base: str | None
+    path: str | os.PathLike[str],
+    config: LoRAConfig | PromptTuningConfig,
+    tensors: dict[str, Tensor],
+    base: str | None,
+    mark: str | None = None,
 ) -> None:
-    """Write tensors under PEFT's names, config and card; `base` is the base model's name.
+    """Write tensors under PEFT's names, config and card.
+
+    base: the base model's name. mark: the fingerprint; without one it loads as a stranger's.
 
     Raises:
         AdapterError, EnvironmentProblem: as `save_adapter`.
@@ -191,11 +273,10 @@ def write_peft_directory(
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{name} is not finite; an adapter like that is not saved")
     with written_directory(Path(path), replace=True) as directory:
-        write_file(tensors, directory / TENSORS)
+        write_file(tensors, directory / TENSORS, {fingerprint.KEY: mark} if mark else None)
         text = json.dumps(_peft_config(config, base), indent=2, sort_keys=False) + "\n"
         (directory / CONFIG).write_text(text)
-        card = _CARD.format(base=base or "unknown", r=config.r, alpha=config.lora_alpha)
-        (directory / "README.md").write_text(card)
+        (directory / "README.md").write_text(_card(config, base or "unknown"))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -203,13 +284,39 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in require_adapter(model).items():
         for below, tensor in layer.tensors().items():
-            tensors[f"{_PREFIX}{name}.{below}"] = tensor.detach()
+            tensors[_stored_name(name, layer, below)] = tensor.detach()
+    for replacement in replaced_parameters(model):
+        for place in replacement.places:
+            whole = replacement.trained.detach()
+            if isinstance(model, GPT2):
+                whole = as_stored(place, whole)
+            tensors[_PREFIX + place] = whole.clone() if place in replacement.places[1:] else whole
     return tensors
 
 
-def _in_form(model: nn.Module, plain: bool | None) -> tuple[LoRAConfig, dict[str, Tensor]]:
+def _stored_name(name: str, layer: AdapterLayer, below: str) -> str:
+    """PEFT's name for the tensor `below` of the layer of that path."""
+    return below if isinstance(layer, PromptTuning) else f"{_PREFIX}{name}.{below}"
+
+
+def _card(config: LoRAConfig | PromptTuningConfig, base: str) -> str:
+    """The model card: README.md."""
+    if isinstance(config, PromptTuningConfig):
+        kind, tags, sizes = "Prompt tuning", "", f"{config.num_virtual_tokens} virtual tokens"
+    elif isinstance(config, AdaLoRAConfig):
+        kind, tags = "AdaLoRA", ""
+        sizes = f"init_r = {config.init_r}, target_r = {config.target_r}"
+    else:
+        kind, tags = "LoRA", "- lora\n"
+        sizes = f"r = {config.r}, lora_alpha = {config.lora_alpha}"
+    return _CARD.format(base=base, kind=kind, tags=tags, sizes=sizes)
+
+
+def _in_form(
+    model: nn.Module, config: LoRAConfig, plain: bool | None
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The config and tensors to write: as they are, or as a plain LoRA."""
-    config, layers = adapter_config(model), require_adapter(model)
+    layers = require_adapter(model)
     bases = {name: layer.base_layer for name, layer in layers.items()}
     lost = start_is_lost(model, config, bases)
     if plain is False and lost is not None:
@@ -280,6 +387,32 @@ def _without_base_copies(
                 f"{where}: {name}.base_layer.weight differs from the model's; "
                 "the adapter was trained on another base"
             )
+    return _without_wrappers(model, rest, where)
+
+
+def _without_wrappers(model: nn.Module, found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Take out what PEFT writes twice or thrice under bias = "all" and modules_to_save.
+
+    Beside `ln_f.bias` there is the same once more as `ln_f.modules_to_save.bias`, and the base's
+    own as `ln_f.original_module.bias`.
+    """
+    rest = dict(found)
+    for replacement in replaced_parameters(model):
+        copies = [rest[_PREFIX + p] for p in replacement.places if _PREFIX + p in rest]
+        if not all(torch.equal(copy, copies[0]) for copy in copies):
+            raise AdapterError(f"{where}: {replacement.places} are tied, but differ there")
+        for place in replacement.places:
+            module, _, name = (_PREFIX + place).rpartition(".")
+            again = rest.pop(f"{module}.modules_to_save.{name}", None)
+            if again is not None and not torch.equal(again, rest.get(_PREFIX + place, again[:0])):
+                raise AdapterError(f"{where}: {place} stands there twice, with other values")
+            base = rest.pop(f"{module}.original_module.{name}", None)
+            original = replacement.original
+            if base is not None and not torch.equal(base.to(original), original):
+                raise AdapterError(
+                    f"{where}: {place} of the base differs from the model's; "
+                    "the adapter was trained on another base"
+                )
     return rest
 
 
@@ -293,21 +426,26 @@ def _is_same_base(layer: AdapterLayer, copy: Tensor, weight: Tensor) -> bool:
     return bool((copy - weight).abs().max() <= 8 * torch.finfo(weight.dtype).eps * size)
 
 
-def _peft_config(config: LoRAConfig, base: str | None) -> dict[str, Any]:
+def _peft_config(config: LoRAConfig | PromptTuningConfig, base: str | None) -> dict[str, Any]:
     """adapter_config.json's content, with the keys that PEFT writes, in its order."""
     values: dict[str, Any] = {
-        **NOT_COVERED,
         **dataclasses.asdict(config),
         "auto_mapping": None,
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "megatron_core": "megatron.core",
         "peft_type": config.peft_type,
         "peft_version": PEFT_VERSION,
-        "qalora_group_size": 16,
         "revision": None,
         "task_type": "CAUSAL_LM",
     }
+    if isinstance(config, PromptTuningConfig):
+        values["modules_to_save"] = None
+        if config.prompt_tuning_init == "TEXT":  # PEFT does not read the file without a name
+            values["tokenizer_name_or_path"] = config.tokenizer_name_or_path or base or "unknown"
+    else:
+        values |= NOT_COVERED
+        values["megatron_core"] = "megatron.core"
+        values["qalora_group_size"] = 16
     return dict(sorted(values.items()))
 
 
@@ -330,7 +468,17 @@ def _check_types(values: dict[str, Any], file: Path) -> None:
         "lora_bias": bool,
         "modules_to_save": list | None,
         "trainable_token_indices": list | dict | None,
+        "ensure_weight_tying": bool,
         "loftq_config": dict | None,
+        "target_r": int,
+        "init_r": int,
+        "tinit": int,
+        "tfinal": int,
+        "deltaT": int,
+        "beta1": int | float,
+        "beta2": int | float,
+        "orth_reg_weight": int | float,
+        "total_step": int | None,
     }
     for key, kind in kinds.items():
         if key in values and not isinstance(values[key], kind):
@@ -342,3 +490,5 @@ def _check_types(values: dict[str, Any], file: Path) -> None:
                 raise FormatError(f"{file}: {key} = {values[key]!r} has an entry of the wrong type")
     for key in ("rank_pattern", "alpha_pattern", "loftq_config"):
         values[key] = values.get(key) or {}
+    if values["peft_type"] == AdaLoRAConfig.peft_type:
+        values["rank_pattern"] = values["rank_pattern"] or None

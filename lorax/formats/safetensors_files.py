@@ -107,6 +107,15 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return {name: files.read(name) for name in files.names}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says beside its tensors: text by text."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{path}: not a readable safetensors file ({error})") from None
+
+
 def write_file(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:

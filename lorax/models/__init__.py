@@ -10,7 +10,7 @@ The letters behind shapes, here and everywhere in lorax:
 A model offers `hidden_states(input_ids, cache)` -> (B, T, C), the final norm included; `lm_head`,
 the Linear behind it; `model(input_ids)` -> (B, T, V), the two together; `new_cache`;
 `max_positions`; and the switch `gradient_checkpointing`. It knows neither adapters nor
-quantization: those replace its Linears.
+quantization: those replace its Linears, or the `prefix` in front of its first tokens.
 """
 
 from lorax.models.gpt2 import GPT2

@@ -12,6 +12,7 @@ GPT-2's pre-training is left out; an adapter has its own.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorax.models.attention import KVCache, causal_attention, merge_heads, split_heads
+from lorax.models.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         self.name_or_path = ""  # where it was loaded from, for the files that point back to it
+        self.loaded_from: Path | None = None  # its files; None once its weights are not theirs
         self.transformer = GPT2Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
@@ -51,7 +54,7 @@ class GPT2(nn.Module):
     @property
     def max_positions(self) -> int:
         """How many tokens the positions cover."""
-        return self.config.n_positions
+        return self.config.n_positions - self.transformer.prefix.length
 
     def tie_weights(self) -> None:
         """Let the head be the embedding where the config says so."""
@@ -78,7 +81,8 @@ class GPT2(nn.Module):
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens."""
         c, norm = self.config, self.transformer.ln_f.weight
-        sizes = (c.n_layer, batch, c.n_head, max_length, c.n_embd // c.n_head)
+        places = self.transformer.prefix.length + max_length
+        sizes = (c.n_layer, batch, c.n_head, places, c.n_embd // c.n_head)
         return KVCache(*sizes, norm.dtype, norm.device)
 
 
@@ -90,22 +94,26 @@ class GPT2Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.prefix = Prefix()
         self.h = nn.ModuleList(GPT2Block(config, index) for index in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         T = input_ids.shape[1]
         start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + T, device=input_ids.device)
-        x = self.wte(input_ids) + self.wpe(positions)  # (B, T, C)
+        x = self.wte(input_ids)  # (B, T, C)
+        if start == 0:
+            x = self.prefix(x)
+        positions = torch.arange(start, start + x.shape[1], device=input_ids.device)
+        x = x + self.wpe(positions)
         for block in self.h:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cache, use_reentrant=False)
             else:
                 x = block(x, cache)
         if cache is not None:
-            cache.advance(T)
-        return self.ln_f(x)
+            cache.advance(x.shape[1])
+        return self.ln_f(x[:, -T:])
 
 
 class GPT2Block(nn.Module):

@@ -13,6 +13,7 @@ Touvron et al. 2023 (arXiv:2302.13971): RMSNorm before each half, rotary positio
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorax.models.attention import KVCache, causal_attention, merge_heads, split_heads
+from lorax.models.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.name_or_path = ""  # where it was loaded from, for the files that point back to it
+        self.loaded_from: Path | None = None  # its files; None once its weights are not theirs
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -69,7 +72,7 @@ class Llama(nn.Module):
     @property
     def max_positions(self) -> int:
         """How many tokens the positions cover."""
-        return self.config.max_position_embeddings
+        return self.config.max_position_embeddings - self.model.prefix.length
 
     def tie_weights(self) -> None:
         """Let the head be the embedding where the config says so."""
@@ -96,7 +99,8 @@ class Llama(nn.Module):
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens."""
         c, norm = self.config, self.model.norm.weight
-        sizes = (c.num_hidden_layers, batch, c.num_key_value_heads, max_length, c.head_dim)
+        places = self.model.prefix.length + max_length
+        sizes = (c.num_hidden_layers, batch, c.num_key_value_heads, places, c.head_dim)
         return KVCache(*sizes, norm.dtype, norm.device)
 
 
@@ -108,6 +112,7 @@ class LlamaModel(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.prefix = Prefix()
         self.layers = nn.ModuleList(
             LlamaLayer(config, index) for index in range(config.num_hidden_layers)
         )
@@ -116,15 +121,17 @@ class LlamaModel(nn.Module):
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, C)
         start = cache.length if cache is not None else 0
-        rope = rotations(self.config, start, input_ids.shape[1], x)
+        if start == 0:
+            x = self.prefix(x)
+        rope = rotations(self.config, start, x.shape[1], x)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, cache, use_reentrant=False)
             else:
                 x = layer(x, rope, cache)
         if cache is not None:
-            cache.advance(input_ids.shape[1])
-        return self.norm(x)
+            cache.advance(x.shape[1])
+        return self.norm(x[:, -input_ids.shape[1] :])
 
 
 class LlamaLayer(nn.Module):

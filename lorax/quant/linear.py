@@ -1,4 +1,4 @@
-"""A frozen Linear over a quantized weight; the gradient goes to its input only.
+"""A frozen Linear over a quantized weight; the gradient goes to its input, and to a trained bias.
 
     forward   W = dequantize(q);  y = x W^T + b        W lives in a scratch buffer, then is gone
     backward  W = dequantize(q);  dx = dy W            so it is decoded again
@@ -48,13 +48,15 @@ class _FrozenLinear(torch.autograd.Function):
         return F.linear(x, dequantize_into_scratch(weight, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None]:
         (dy,) = gradients
-        return dy @ dequantize_into_scratch(ctx.weight, dy.dtype), None, None
+        dx = dy @ dequantize_into_scratch(ctx.weight, dy.dtype)
+        wants_bias = ctx.needs_input_grad[2]
+        return dx, None, dy.flatten(0, -2).sum(0) if wants_bias else None
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T + b with W (out, in) quantized and frozen, b (out,) or None, also frozen.
+    """y = x W^T + b with W (out, in) quantized and frozen, b (out,) or None, frozen at first.
 
     x is (..., in) in the compute dtype; W is dequantized to that dtype. `state_dict` writes and
     reads the weight under the names that a checkpoint gives it, bitsandbytes' where it has the
@@ -73,12 +75,19 @@ class QuantizedLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if self.has_kernels(x):
             assert isinstance(self.quantized, FourBitTensor)
+            if self.trains_bias:
+                return ops.matmul_4bit(x, None, *self.quantized.operands()) + self.bias
             return ops.matmul_4bit(x, self.bias, *self.quantized.operands())
         return _FrozenLinear.apply(x, self.quantized, self.bias)
 
     def has_kernels(self, x: Tensor) -> bool:
         """Whether a Triton kernel takes this layer's product with x: four bits, on CUDA."""
         return isinstance(self.quantized, FourBitTensor) and ops.uses_triton(x)
+
+    @property
+    def trains_bias(self) -> bool:
+        """Whether the bias is trained; the fused operators give it no gradient."""
+        return self.bias is not None and self.bias.requires_grad
 
     def dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The same layer with its weight dequantized, frozen."""

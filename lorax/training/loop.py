@@ -4,7 +4,8 @@ One optimizer step:
 
     rows of the step (batch_size)  ->  micro-batches (micro_batch_size rows, padded)
     for each:  loss = sum over its trained tokens / trained tokens of the whole step;  backward
-    clip, set the rate, step
+    the method's penalty, if it has one:  backward
+    clip, set the rate, step;  then what the method does after a step
 
 The division by the whole step's tokens makes the gradient that of one large batch: a mean of means
 would weigh a short answer's tokens more.
@@ -25,17 +26,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorax.adapters.inject import add_adapter, count_parameters
+from lorax.adapters.inject import count_parameters
 from lorax.data.batches import epoch_order, micro_batches, step_batches
 from lorax.data.examples import Example, Examples, load_examples
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import EnvironmentProblem, NumericalStop, RecipeError
 from lorax.formats.directory import check_free
 from lorax.formats.huggingface import load_model, load_tokenizer
-from lorax.formats.peft import save_adapter
 from lorax.models import Model
 from lorax.training.evaluate import evaluate
 from lorax.training.loss import summed_loss
+from lorax.training.methods import StepHook, model_dtype, result_path, save_result, set_up
 from lorax.training.metrics import Line, MetricsFile, plot_loss
 from lorax.training.optimizers import build_optimizer, paging_line, set_rates
 from lorax.training.recipe import Recipe
@@ -53,16 +54,21 @@ class Plan:
     total_steps: int
     trainable: int
     parameters: int
+    hook: StepHook
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its directory, its metrics, and the model with the trained adapter."""
+    """A finished run: its directory, its metrics, and the trained model, adapter included.
+
+    result: `adapter/` in the run's directory or, after full fine-tuning, `model/`.
+    """
 
     output_dir: Path
     metrics: list[Line]
     model: Model
     tokenizer: Tokenizer
+    result: Path
 
 
 class Listener:
@@ -94,33 +100,35 @@ def train(recipe: Recipe | str | Path, listener: Listener | None = None) -> Run:
         _train_steps(model, tokenizer, plan, metrics, listener)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"; metrics so far are in {output}, the adapter was not saved"
+            f"; metrics so far are in {output}, the {result_path(recipe).name} was not saved"
         ) from None
     finally:
         metrics.close()
         plot_loss(metrics.lines, output / "loss.png")
-    save_adapter(model, output / "adapter")
+    plan.hook.finish()
+    save_result(model, tokenizer, recipe)
     model.eval()
-    return Run(output, metrics.lines, model, tokenizer)
+    return Run(output, metrics.lines, model, tokenizer, result_path(recipe))
 
 
 def prepare(recipe: Recipe) -> tuple[Model, Tokenizer, Plan]:
-    """Load data and model, put the adapter in, and count."""
+    """Load data and model, make trainable what the method trains, and count."""
     settings = recipe.model
     tokenizer = load_tokenizer(settings.path, revision=settings.revision)
     examples, train_rows, eval_rows = _load_rows(recipe, tokenizer)
     model = load_model(
         settings.path,
-        settings.dtype,
+        model_dtype(recipe),
         settings.device,
         settings.quantization,
         revision=settings.revision,
     )
-    _check_fit(model, [*train_rows, *eval_rows])
-    add_adapter(model, recipe.lora_config())
-    model.gradient_checkpointing = settings.gradient_checkpointing
     steps = total_steps(recipe, len(train_rows))
-    plan = Plan(recipe, examples, train_rows, eval_rows, steps, *count_parameters(model))
+    hook = set_up(model, tokenizer, recipe, steps)
+    _check_fit(model, [*train_rows, *eval_rows])
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    counts = count_parameters(model)
+    plan = Plan(recipe, examples, train_rows, eval_rows, steps, *counts, hook)
     return model, tokenizer, plan
 
 
@@ -159,6 +167,9 @@ def _train_steps(
             part = summed_loss(model, batch.input_ids, batch.labels) / step_tokens
             part.backward()
             loss += part.detach()
+        penalty = plan.hook.penalty()
+        if penalty is not None:
+            penalty.backward()
         grad_norm = _clip(trained, settings.max_grad_norm)
         tokens += step_tokens
         line = {
@@ -173,6 +184,7 @@ def _train_steps(
         _stop_unless_finite(line, metrics)
         set_rates(optimizer, base_rates, factor)
         optimizer.step()
+        line |= plan.hook.after_step()
         optimizer.zero_grad()
         measure(line | paging_line(optimizer))
         due = settings.eval_steps is not None and step % settings.eval_steps == 0

@@ -1,7 +1,7 @@
 """The recipe: what a run is, as a TOML file and as a checked object.
 
     [model]    which model, in which numbers
-    [adapter]  LoRAConfig's fields
+    [adapter]  method = "lora" | "adalora" | "prompt-tuning" | "full", and that method's fields
     [data]     which rows, and how long
     [train]    how long, how fast, where to
 
@@ -18,12 +18,14 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_type_hints
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.config import LoRAConfig
+from lorax.adapters.prompt_config import PromptTuningConfig
 from lorax.errors import AdapterError, RecipeError
 
 
@@ -96,21 +98,52 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0, lt=2**32)
 
 
-def _lora_fields() -> dict[str, Any]:
-    """LoRAConfig's fields as pydantic takes them: name -> (type, default)."""
-    types, plain = get_type_hints(LoRAConfig), LoRAConfig()
-    names = [field.name for field in dataclasses.fields(LoRAConfig)]
-    return {name: (types[name], getattr(plain, name)) for name in names}
+# What a method's config has that a recipe does not say: the run or the model does, or the method
+# has no use for it.
+_NOT_IN_RECIPES = {
+    AdaLoRAConfig: {
+        "r", "total_step", "rank_pattern",
+        "alpha_pattern", "loftq_config", "lora_bias", "use_dora", "use_rslora",
+    },
+    PromptTuningConfig: {
+        "tokenizer_name_or_path", "tokenizer_kwargs",
+        "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
+    },
+}  # fmt: skip
+_CONFIGS: dict[str, type[LoRAConfig] | type[PromptTuningConfig]] = {
+    "lora": LoRAConfig,
+    "adalora": AdaLoRAConfig,
+    "prompt-tuning": PromptTuningConfig,
+}
 
 
-# [adapter]: LoRAConfig's fields, taken from there, and the method.
-AdapterSection: Any = create_model(
-    "AdapterSection", __base__=Section, method=(str, "lora"), **_lora_fields()
-)
+def _fields(config: Any) -> dict[str, Any]:
+    """A config's fields as pydantic takes them: name -> (type, default)."""
+    types, left_out = get_type_hints(config), _NOT_IN_RECIPES.get(config, ())
+    fields = {}
+    for field in dataclasses.fields(config):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.name not in left_out:
+            fields[field.name] = (
+                types[field.name],
+                ... if default is dataclasses.MISSING else default,
+            )
+    return fields
+
+
+def _section(method: str) -> Any:
+    fields = _fields(_CONFIGS[method]) if method in _CONFIGS else {}
+    return create_model(method, __base__=Section, method=(Literal[method], method), **fields)  # type: ignore
+
+
+# [adapter]: one table for each method, with the fields of its config; "full" has none.
+_SECTIONS: dict[str, Any] = {method: _section(method) for method in (*_CONFIGS, "full")}
+AdapterSection: Any = Annotated[Union[tuple(_SECTIONS.values())], Field(discriminator="method")]  # noqa: UP007 - made at run time
 
 # Keys whose feature is not there yet: the values that are accepted, and what the feature is.
 _NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "adapter.method": (("lora",), "other methods than lora"),
     "data.packing": ((False,), "packing"),
     "train.save_steps": ((None,), "checkpoints"),
     "train.keep_checkpoints": ((None,), "checkpoints"),
@@ -122,7 +155,7 @@ class Recipe(Section):
     """A checked recipe. Build it with `Recipe.load` or `Recipe.from_dict`."""
 
     model: ModelSection
-    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    adapter: AdapterSection = Field(default_factory=_SECTIONS["lora"])
     data: DataSection
     train: TrainSection
 
@@ -153,6 +186,8 @@ class Recipe(Section):
         merged = copy.deepcopy(dict(values))
         for key, value in (overrides or {}).items():
             _set(merged, key, value)
+        if isinstance(merged.get("adapter"), dict):
+            merged["adapter"].setdefault("method", "lora")
         try:
             recipe = Recipe.model_validate(merged)
         except ValidationError as error:
@@ -161,11 +196,28 @@ class Recipe(Section):
         recipe._check_sense(where)
         return recipe
 
-    def lora_config(self) -> LoRAConfig:
-        """The [adapter] table as LoRAConfig."""
+    def adapter_config(self, total_steps: int) -> LoRAConfig | PromptTuningConfig | None:
+        """The [adapter] table as its method's config, for a run of so many optimizer steps.
+
+        Returns:
+            None where the method is "full": no adapter.
+
+        Raises:
+            RecipeError: a value is impossible, or does not go with that many steps.
+        """
         values = dict(self.adapter)
-        del values["method"]
-        return LoRAConfig(**values)
+        config = _CONFIGS.get(values.pop("method"))
+        if config is None:
+            return None
+        if config is AdaLoRAConfig:
+            values["total_step"] = total_steps
+        try:
+            made = config(**values)
+            if isinstance(made, AdaLoRAConfig):
+                made.check_that_ranks_fall()
+        except AdapterError as error:
+            raise RecipeError(f"adapter: {error}") from None
+        return made
 
     def to_toml(self) -> str:
         """The recipe with every default written out; reading it gives the same recipe."""
@@ -182,10 +234,17 @@ class Recipe(Section):
                 )
 
     def _check_sense(self, where: str) -> None:
-        try:
-            self.lora_config()
-        except AdapterError as error:
-            raise RecipeError(f"{where}: adapter: {error}") from None
+        try:  # the run's length is known once its rows are; until then let there be time enough
+            self.adapter_config(self.train.max_steps or 2**62)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
+        if self.adapter.method == "full":
+            self._check_full(where)
+        if self.adapter.method in ("full", "prompt-tuning") and self.train.lora_plus_ratio:
+            raise RecipeError(
+                f"{where}: train.lora_plus_ratio goes with LoRA's A and B; "
+                f"adapter.method = {self.adapter.method!r} has none"
+            )
         if self.train.micro_batch_size > self.train.batch_size:
             raise RecipeError(
                 f"{where}: train.micro_batch_size {self.train.micro_batch_size} is larger than "
@@ -193,6 +252,19 @@ class Recipe(Section):
             )
         if self.data.eval_path and self.data.eval_fraction:
             raise RecipeError(f"{where}: give data.eval_path or data.eval_fraction, not both")
+
+    def _check_full(self, where: str) -> None:
+        """Full fine-tuning moves the weights themselves, by less than 16 bits can hold."""
+        if self.model.quantization is not None:
+            raise RecipeError(
+                f"{where}: model.quantization = {self.model.quantization!r}: a quantized weight is "
+                "frozen; adapter.method = 'full' trains every weight, so leave it out"
+            )
+        if self.model.dtype == "bfloat16":
+            raise RecipeError(
+                f"{where}: model.dtype = 'bfloat16': its 8 bits lose a step that is 0.4 % of a "
+                "weight or less; adapter.method = 'full' trains in float32 ('auto' means that)"
+            )
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -205,12 +277,26 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _describe(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line; an unknown key with its nearest neighbour."""
-    first = error.errors()[0]
+    """One thing that is wrong, in one line; an unknown key first, with its nearest neighbour."""
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     place = [str(part) for part in first["loc"]]
+    method = None
+    if place[0] == "adapter" and len(place) > 1:  # pydantic names the method's table too
+        method = place.pop(1)
     key = ".".join(place)
+    if first["type"] == "union_tag_invalid":
+        value = repr(first["input"]["method"])[:80]
+        return f"adapter.method = {value}: expected one of {', '.join(_SECTIONS)}"
     if first["type"] == "extra_forbidden":
-        known = _keys(place[:-1])
+        known = _keys(place[:-1], method)
+        others = [name for name, section in _SECTIONS.items() if place[-1] in section.model_fields]
+        if method is not None and others:
+            takes = ", ".join(sorted(set(known) - {"method"})) or "nothing else"
+            return (
+                f"{key} belongs to method {' and '.join(others)}; "
+                f"adapter.method = {method!r} takes {takes}"
+            )
         near = difflib.get_close_matches(place[-1], known, 1)
         hint = f"did you mean {'.'.join([*place[:-1], near[0]])}?" if near else f"known: {known}"
         return f"{key} is an unknown key; {hint}"
@@ -221,7 +307,9 @@ def _describe(error: ValidationError) -> str:
     return f"{key} = {repr(first['input'])[:80]}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _keys(place: list[str]) -> list[str]:
+def _keys(place: list[str], method: str | None) -> list[str]:
+    if method is not None:
+        return list(_SECTIONS[method].model_fields)
     section: Any = Recipe
     for part in place:
         section = section.model_fields[part].annotation

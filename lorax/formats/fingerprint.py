@@ -1,0 +1,263 @@
+"""Which base an adapter was trained over, and whether it is what its author saved.
+
+An adapter's safetensors file carries one more entry of metadata, which PEFT reads past:
+
+    lorax.fingerprint = {
+      "format": 1,  "lorax": "0.1.0",
+      "base":    {"sha256": ..., "path": ..., "config": {...}} or {"sha256": null, ...},
+      "quantization": null | "nf4-dq" | ...,
+      "adapter": {"sha256": ..., "settings": {"r", "lora_alpha", "use_rslora", ...}}
+    }
+
+The base's digest is over its tensors as they are stored in its files, so that one base loaded as
+float32, bfloat16 or NF4 is one base, however its files are cut into shards:
+
+    for each tensor, by its name in the model:   "NAME DTYPE SHAPE SHA256-OF-ITS-BYTES\\n"
+    digest = SHA-256 of these lines, sorted
+
+A bitsandbytes checkpoint is one with its scales, a .gguf file one with its packed blocks: each is a
+base of its own, since its numbers differ from those that it was made from. Names are the model's,
+so GPT-2 with and without the prefix "transformer." is one; a tied head is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorax import __version__
+from lorax.errors import AdapterError, EnvironmentProblem, FormatError, LoraxError
+from lorax.formats.bitsandbytes import QuantizedFiles
+from lorax.formats.gguf_files import GGUFFile
+from lorax.formats.huggingface import ModelFiles, find_model, open_model_files
+from lorax.formats.json_files import parse_json
+from lorax.quant.linear import QuantizedLinear
+
+log = logging.getLogger(__name__)
+
+KEY = "lorax.fingerprint"
+FORMAT = 1
+# What changes an adapter's meaning without changing its tensors.
+SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+_digests: dict[tuple[tuple[str, int, int], ...], str] = {}
+
+
+def describe(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> str:
+    """The metadata's value for this adapter over this model, as JSON.
+
+    A model that was not loaded from files, or whose files are gone, has no digest: one line in the
+    log says so, and only the adapter's own is kept.
+    """
+    base: dict[str, Any] = {"sha256": None, "path": getattr(model, "name_or_path", "") or None}
+    base["config"] = _config(model)
+    try:
+        base["sha256"] = model_digest(model)
+    except LoraxError as error:
+        log.warning("the adapter carries no fingerprint of its base: %s", error)
+    settings = _settings(config)
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "lorax": __version__,
+            "base": base,
+            "quantization": quantization(model),
+            "adapter": {"sha256": adapter_digest(tensors, settings), "settings": settings},
+        }
+    )
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """Read the metadata's value; {} if a later lorax wrote it in a form unknown here.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    found = parse_json(text, f"{where}: {KEY}")
+    if isinstance(found.get("format"), int) and found["format"] > FORMAT:
+        log.warning("%s: a later lorax's fingerprint, which is not checked", where)
+        return {}
+    parts = [("base",), ("base", "config"), ("adapter",), ("adapter", "settings")]
+    for path in parts:
+        part: Any = found
+        for key in path:
+            part = part.get(key)
+        if not isinstance(part, dict):
+            raise FormatError(f"{where}: {KEY}: {'.'.join(path)} is {part!r}; expected an object")
+    return found
+
+
+def check_adapter(
+    found: Mapping[str, Any], config: Any, tensors: Mapping[str, Tensor], where: str
+) -> None:
+    """Hold the adapter against its own digest.
+
+    Raises:
+        AdapterError: a tensor or a setting is not what was saved; settings are named.
+    """
+    if not found:
+        return
+    stated, settings = found["adapter"], _settings(config)
+    then = stated["settings"]
+    edited = [
+        f"{key} is {settings[key]!r}, was {then.get(key)!r}"
+        for key in SETTINGS
+        if json.dumps(settings[key]) != json.dumps(then.get(key))
+    ]
+    hint = "if the change is meant, load it with check_adapter=False and save it again"
+    if edited:
+        raise AdapterError(f"{where}: changed since it was saved: {'; '.join(edited)}. {hint}")
+    if adapter_digest(tensors, settings) != stated.get("sha256"):
+        raise AdapterError(
+            f"{where}: its tensors are not those that were saved (another SHA-256). {hint}"
+        )
+
+
+def check_base(found: Mapping[str, Any], model: nn.Module, where: str) -> None:
+    """Hold the model against the base that the adapter was trained over.
+
+    Another quantization of the same base, or a base that cannot be checked, is a line in the log.
+
+    Raises:
+        AdapterError: another base; the message says what differs.
+    """
+    if not found:
+        return
+    stated = found["base"]
+    now, then = quantization(model), found.get("quantization")
+    name = getattr(model, "name_or_path", "") or "a model without files"
+    ways = _different(stated["config"], _config(model))
+    hint = "load the adapter over its base, or with check_base=False if you know better"
+    if ways:
+        raise AdapterError(
+            f"{where}: trained over {stated.get('path')}, this is {name}, and their configs "
+            f"differ: {'; '.join(ways)}. {hint}"
+        )
+    try:
+        digest = model_digest(model) if stated.get("sha256") else None
+    except LoraxError as error:
+        log.warning("%s: whether this is its base cannot be checked: %s", where, error)
+        digest = None
+    if digest is not None and digest != stated["sha256"]:
+        raise AdapterError(
+            f"{where}: trained over {stated.get('path')}, whose tensors have the SHA-256 "
+            f"{str(stated['sha256'])[:16]}...; this is {name} with {digest[:16]}..., of the same "
+            f"shapes but other values or dtypes. {hint}"
+        )
+    if now != then:
+        log.warning(
+            "%s: trained over a base %s, loaded over one %s",
+            where,
+            f"quantized as {then}" if then else "that was not quantized",
+            f"quantized as {now}" if now else "that is not quantized",
+        )
+
+
+def quantization(model: nn.Module) -> str | None:
+    """The formats of the model's quantized Linears, "nf4" or "nf4+nf4-dq"; None if there are none.
+
+    What double quantization left with float32 scales is counted with the rest.
+    """
+    found = {m.quantized.format for m in model.modules() if isinstance(m, QuantizedLinear)}
+    found -= {name.removesuffix("-dq") for name in found if name.endswith("-dq")}
+    return "+".join(sorted(found)) or None
+
+
+def adapter_digest(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
+    """SHA-256 over the settings and over every tensor's name, dtype, shape and bytes; in hex."""
+    lines = [_line(name, *_plain(tensor)) for name, tensor in tensors.items()]
+    return _sha256([json.dumps(dict(settings)), *sorted(lines)])
+
+
+def model_digest(model: nn.Module) -> str:
+    """The digest of the files that the model was loaded from, in hex; see `files_digest`.
+
+    Raises:
+        AdapterError: it was not loaded from files. FormatError, EnvironmentProblem: they are gone
+            or damaged since.
+    """
+    where = getattr(model, "loaded_from", None)
+    if where is None:
+        raise AdapterError("the model's weights are not those of any file")
+    return files_digest(where)
+
+
+def files_digest(path: str | Path) -> str:
+    """SHA-256 over a model's tensors as stored, in hex, independent of shards.
+
+    Reads every byte once, one tensor at a time; kept for the process, by the files' names, sizes
+    and times.
+    """
+    where = find_model(path)
+    homes = [where] if where.is_file() else where.glob("*.safetensors*")
+    try:
+        states = ((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in homes)
+        key = tuple(sorted(states))
+    except OSError as error:
+        raise EnvironmentProblem(f"{where}: cannot be read ({error})") from None
+    if key not in _digests:
+        _digests[key] = _sha256(sorted(_lines(open_model_files(where))))
+    return _digests[key]
+
+
+def _lines(files: ModelFiles) -> Iterator[str]:
+    source = files.source
+    for mine, theirs in files.names.items():
+        if mine == "lm_head.weight" and files.model.config.tie_word_embeddings:
+            continue  # equal to the embedding, or refused when the model is loaded
+        if isinstance(source, GGUFFile):
+            yield _line(mine, *source.stored(theirs))
+            continue
+        yield _line(mine, *_plain(source.read(theirs)))
+        if isinstance(source, QuantizedFiles):
+            for part, full in source.parts(theirs).items():
+                yield _line(mine.removesuffix("weight") + part, *_plain(source.read(full)))
+
+
+def _line(name: str, dtype: str, shape: tuple[int, ...], data: Any) -> str:
+    return f"{name} {dtype} {list(shape)} {hashlib.sha256(data).hexdigest()}"
+
+
+def _plain(tensor: Tensor) -> tuple[str, tuple[int, ...], np.ndarray[Any, Any]]:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy()
+
+
+def _sha256(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The settings of any kind of adapter's config; alphas as floats, since 8 is 8.0."""
+    values: dict[str, Any] = {key: getattr(config, key, None) for key in SETTINGS}
+    if values["lora_alpha"] is not None:
+        values["lora_alpha"] = float(values["lora_alpha"])
+    if values["alpha_pattern"] is not None:
+        values["alpha_pattern"] = {k: float(v) for k, v in values["alpha_pattern"].items()}
+    return values
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """What the base computes with beside its weights."""
+    config: Any = model.config
+    values: dict[str, Any] = dataclasses.asdict(config)
+    values.pop("max_position_embeddings", None)  # where the context ends changes no number
+    return {"kind": type(model).__name__, **json.loads(json.dumps(values))}
+
+
+def _different(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} {now.get(key)!r} here, {then.get(key)!r} there"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
