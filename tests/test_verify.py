@@ -642,6 +642,12 @@ def test_an_8_bit_base_is_refused_by_name(place, twin, tmp_path):
         lorax.verify(twin, base=tmp_path / "base8")
 
 
+def test_a_tuned_prompt_is_refused_by_name(twin):
+    edit_config(twin, peft_type="PROMPT_TUNING")
+    with pytest.raises(UsageError, match="tuned prompt"):
+        lorax.verify(twin)
+
+
 def test_verify_leaves_the_adapter_s_files_alone(place):
     folder = place / "gpt2" / "adapter"
     before = {p.name: p.read_bytes() for p in folder.iterdir()}

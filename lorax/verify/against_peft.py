@@ -319,6 +319,8 @@ def _adapter_directory(path: str | os.PathLike[str]) -> Path:
     for file in (CONFIG, TENSORS):
         if not (directory / file).is_file():
             raise FormatError(f"{directory}: no {file}; expected a PEFT adapter directory")
+    if read_json(directory / CONFIG).get("peft_type") == "PROMPT_TUNING":
+        raise UsageError(f"{directory}: a tuned prompt; verify covers adapters that have weights")
     return directory
 
 
