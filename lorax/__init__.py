@@ -80,7 +80,7 @@ _ROOMS = {
     "verify",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, "verify"])  # a room, and callable: lorax.verify(adapter)
 
 
 def __getattr__(name: str) -> Any:

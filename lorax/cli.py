@@ -470,6 +470,62 @@ def add_adapters(
 
 
 @app.command
+def verify(
+    adapter: Path,
+    /,
+    *,
+    base: Base = None,
+    against: Annotated[str, Parameter(help="The other program: peft.")] = "peft",
+    reference: Annotated[
+        Path | None, Parameter(help="Another adapter's directory, which PEFT reads instead.")
+    ] = None,
+    quantization: Annotated[
+        str | None, Parameter(help="Quantize the base: nf4, nf4-dq, fp4 or fp4-dq.")
+    ] = None,
+    text: Annotated[Path | None, Parameter(help="A text file to run through both.")] = None,
+    tokens: Annotated[Positive, Parameter(help="How many of its tokens.")] = 128,
+    html: Annotated[Path | None, Parameter(help="Write the report there, as one page.")] = None,
+    json: Json = False,
+) -> None:
+    """Hold an adapter in lorax against the same adapter in the installed PEFT.
+
+    Both load it independently and run forward, backward and merge in float32; each module's
+    tensors, weights, outputs and gradients are compared. Exit code 0 only if all of it holds, 1 if
+    not; then the first module where the two part is named, and which side is right.
+
+    Parameters
+    ----------
+    adapter
+        The adapter's directory, or a run's.
+    """
+    from lorax.verify.against_peft import verify as hold_against
+
+    report = hold_against(
+        adapter,
+        base,
+        against=against,
+        reference=reference,
+        quantization=quantization,
+        text=text,
+        tokens=tokens,
+        say=lambda line: err.print(line, style="dim", markup=False, highlight=False),
+    )
+    if html is not None:
+        report.write_html(html)
+    if json:
+        _print_json(report.as_dict())
+    else:
+        from lorax.verify.report import table
+
+        out.print(table(report))
+        _say(str(report))
+        if html is not None:
+            _say(f"report   {html}")
+    if not report.holds:
+        sys.exit(1)
+
+
+@app.command
 def quantize(
     model: str,
     output: Path,

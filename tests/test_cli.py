@@ -18,7 +18,7 @@ from lorax.errors import LoraxError, UsageError
 from lorax.formats.model_config import new_model, read_config
 from lorax.formats.tokenizer_files import write_tokenizer
 
-COMMANDS = ("train", "generate", "evaluate", "merge", "quantize", "demo")
+COMMANDS = ("train", "generate", "evaluate", "merge", "quantize", "verify", "demo")
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 261,

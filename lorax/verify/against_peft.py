@@ -1,0 +1,392 @@
+"""`lorax verify ADAPTER`: an adapter in lorax and in the installed PEFT, independently, compared.
+
+    adapter's files ---- lorax.load_adapter ------------ forward, backward, merge --+
+            |                                                                      +--> Report
+            +----------- PeftModel.from_pretrained ----- forward, backward, merge --+
+                         over transformers (and bitsandbytes)
+
+Both read the same files, each with its own code; the text is Python's own documentation in the
+base's tokens. With `reference`, PEFT reads another adapter: what was trained elsewhere.
+
+Both compute in float32. In bfloat16 the two round in other places (PEFT casts the adapter's input
+up, lorax the adapter down), which moves gradients by up to 22 % on SmolLM2: a fault would hide.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorax.data.docstrings import HELD_OUT_MODULES, pairs
+from lorax.data.tokenizer import Tokenizer
+from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatError, UsageError
+from lorax.formats.huggingface import find_model, load_model, load_tokenizer, save_model
+from lorax.formats.json_files import read_json
+from lorax.formats.peft import CONFIG, TENSORS, load_adapter
+from lorax.formats.safetensors_files import read_file
+from lorax.models import Model
+from lorax.quant.double import NestedScales, dequantize_scales
+from lorax.quant.linear import QuantizedLinear
+from lorax.quant.nf4 import FORMATS, FourBitTensor
+from lorax.verify import causes
+from lorax.verify.compare import NESTED_BOUND, compare
+from lorax.verify.difference import EXACT, NESTED, difference
+from lorax.verify.report import Check, Report
+from lorax.verify.sides import LoraxSide, PeftSide, packed_by_bitsandbytes
+
+DTYPE = torch.float32
+ROW_TOKENS = 64
+
+
+def verify(
+    adapter: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    against: str = "peft",
+    reference: str | os.PathLike[str] | None = None,
+    quantization: str | None = None,
+    text: str | os.PathLike[str] | None = None,
+    tokens: int = 128,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Hold lorax against the installed PEFT over one adapter, in float32 on the CPU.
+
+    Args:
+        adapter: a PEFT adapter's directory, or a run's.
+        base: the base model, where the adapter's own entry does not lead to it.
+        against: "peft".
+        reference: another adapter's directory, which PEFT reads in the place of `adapter`, over
+            the base that it names (over `base`, if that is given).
+        quantization: "nf4", "nf4-dq", "fp4" or "fp4-dq": lorax quantizes the base, bitsandbytes
+            does so on its own, the bytes are compared, and both go on with lorax's. A base that is
+            quantized already needs None.
+        text: a text file; by default docstrings of Python's standard library.
+        tokens: how many tokens of the text go through both models.
+        say: is told what is being done.
+
+    Raises:
+        UsageError: an option that does not exist, no base, or a text of less than two tokens.
+        EnvironmentProblem: peft, transformers or bitsandbytes is not installed.
+        FormatError: a file is missing or damaged. An adapter that is only refused, because it has
+            a tensor too many or one that is not finite, gives a report that does not hold.
+    """
+    if against != "peft":
+        raise UsageError(f"against {against!r} is unknown; expected peft")
+    if quantization is not None and quantization not in FORMATS:
+        raise UsageError(f"quantization {quantization!r}: expected {', '.join(FORMATS)}")
+    if tokens < 2:
+        raise UsageError(f"tokens is {tokens}; expected at least 2")
+    _require("peft", "transformers")
+    with tempfile.TemporaryDirectory(prefix="lorax-verify-") as folder:
+        job = _Job(_adapter_directory(adapter), base, quantization, Path(folder), say)
+        theirs = None if reference is None else _adapter_directory(reference)
+        return job.report(theirs, text, tokens)
+
+
+class _Job:
+    """One adapter on one base."""
+
+    def __init__(
+        self,
+        adapter: Path,
+        base: str | os.PathLike[str] | None,
+        quantization: str | None,
+        folder: Path,
+        say: Callable[[str], None],
+    ):
+        self.adapter, self.given_base, self.quantization = adapter, base, quantization
+        self.folder, self.say = folder, say
+        self.base = os.fspath(base) if base is not None else _stated_base(adapter)
+        self.notes: list[str] = []
+
+    def report(self, reference: Path | None, text: Any, tokens: int) -> Report:
+        """Load both sides and compare them, or say why that cannot be."""
+        self.say(f"lorax loads {self.base}")
+        model = load_model(self.base, DTYPE, quantization=self.quantization)
+        self._check_base(model)
+        ids = batch(load_tokenizer(self.base), model, text, tokens)
+        directory, base = self.adapter, self._files_for_transformers(model)
+        if reference is not None:
+            directory = reference
+            if self.given_base is None and _stated_base(reference) != self.base:
+                base = find_model(_stated_base(reference))
+        report = Report(
+            adapter=str(self.adapter),
+            base=self.base,
+            against=f"peft {_version('peft')}, transformers {_version('transformers')}",
+            quantization=self.quantization,
+            tokens=ids.numel(),
+            reference=None if reference is None else str(reference),
+        )
+        try:
+            load_adapter(model, self.adapter, trainable=True)
+        except AdapterError as error:
+            return self._refused(report, str(error), directory, base, ids)
+        self.say(f"PEFT loads {directory}")
+        try:
+            theirs, said = load_peft(directory, base)
+        except Exception as error:  # PEFT raises whatever it meets
+            reason = f"PEFT does not load it: {type(error).__name__}: {_one_line(error)}"
+            return replace(report, refusals={"peft": reason}, notes=self.notes)
+        self.notes += said
+        self.notes += _ignored(theirs, directory)
+        self.say("comparing")
+        mine = LoraxSide(model)
+        quantizer = self._quantizer_checks(mine)
+        checks = compare(mine, theirs, ids, None if reference is not None else self._truth)
+        return replace(report, checks=_before_modules(quantizer, checks), notes=self.notes)
+
+    def _truth(self) -> LoraxSide:
+        model = load_model(self.base, DTYPE, quantization=self.quantization)
+        load_adapter(model, self.adapter)
+        return LoraxSide(model)
+
+    def _check_base(self, model: Model) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                if not isinstance(module.quantized, FourBitTensor):
+                    raise UsageError(
+                        f"{self.base}: {name} is quantized as {module.quantized.format}; verify "
+                        "covers plain and 4-bit bases"
+                    )
+                _require("bitsandbytes")
+
+    def _files_for_transformers(self, model: Model) -> Path:
+        """A directory that transformers opens as this base: its own, or one that lorax writes."""
+        found = find_model(self.base)
+        if found.is_dir() and self.quantization is None:
+            return found
+        self.say("writing the base for transformers")
+        save_model(model, self.folder / "base")
+        written = "in 4 bits" if self.quantization else "in Hugging Face's layout"
+        self.notes.append(f"lorax wrote the base {written} for transformers to read")
+        return self.folder / "base"
+
+    def _quantizer_checks(self, mine: LoraxSide) -> list[Check]:
+        """bitsandbytes quantizes each weight by itself; its bytes and scales against lorax's."""
+        if self.quantization is None:
+            return []
+        self.say("bitsandbytes quantizes the base")
+        dense = load_model(self.base, DTYPE)
+        return list(quantizer_checks(mine, dense))
+
+    def _refused(
+        self, report: Report, reason: str, directory: Path, base: Path, ids: Tensor
+    ) -> Report:
+        """What lorax says, and what PEFT does with the same files."""
+        self.notes += _notes_on(directory)
+        refusals = {"lorax": reason}
+        try:
+            theirs, said = load_peft(directory, base)
+            with torch.no_grad():
+                logits = theirs.logits_and_loss(ids)[0]
+        except Exception as error:  # PEFT raises whatever it meets
+            refusals["peft"] = f"PEFT, too: {type(error).__name__}: {_one_line(error)}"
+        else:
+            finite = "finite" if logits.isfinite().all() else "not finite"
+            self.notes.append(f"PEFT loads it{'' if said else ' without a word'}; its logits are "
+                              f"{finite}")  # fmt: skip
+            self.notes += [*said, *_ignored(theirs, directory)]
+        return replace(
+            report, refusals=refusals, refused_tensor=_tensor_in(reason), notes=self.notes
+        )
+
+
+def quantizer_checks(mine: LoraxSide, dense: Model) -> Iterator[Check]:
+    """bitsandbytes' quantizer on a dense model's weights, against the bytes that lorax has."""
+    from bitsandbytes.functional import quantize_4bit
+
+    weights = dict(dense.named_parameters())
+    for path, module in mine.modules.items():
+        base = mine.base_of(module) if mine.is_adapted(module) else module
+        found = mine.packed(base)
+        if not found:
+            continue
+        assert isinstance(base, QuantizedLinear)
+        q = base.quantized
+        assert isinstance(q, FourBitTensor)
+        packed, state = quantize_4bit(
+            weights[f"{path}.weight"].detach(),
+            blocksize=q.block_size,
+            compress_statistics=q.nested is not None,
+            quant_type=q.quant_type,
+        )
+        others = packed_by_bitsandbytes(packed, state)
+        for part, other in others.items():
+            gap, bound, source, note = difference(found[part], other), 0.0, EXACT, ""
+            if part == "scales" and q.nested is not None and not gap.equal:
+                count = int((found[part] != other).sum())
+                note = causes.NESTED.format(count=count, all=other.numel())
+                nested = NestedScales(others["nested scales"], others["nested offset"])
+                gap = difference(q.scales(), dequantize_scales(other, nested))
+                bound, source = NESTED_BOUND, NESTED
+            yield Check(path, "quantizer", part, gap, bound, source, note)
+
+
+def load_peft(adapter: Path, base: Path) -> tuple[PeftSide, list[str]]:
+    """The adapter in PEFT over transformers, trainable, in eval mode; and what PEFT warned of.
+
+    4-bit Linears compute in float32, backward too, and run in training mode (they have no dropout):
+    in eval mode bitsandbytes repacks them for another product on some CPUs.
+    """
+    for file in (CONFIG, TENSORS):
+        if not (adapter / file).is_file():
+            raise FormatError(f"{adapter}: no {file}")
+    if read_json(adapter / CONFIG).get("megatron_config") is not None:
+        raise AdapterError(f"{adapter / CONFIG}: megatron_config; PEFT would import what it names")
+    with _quiet(), warnings.catch_warnings(record=True) as caught:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        warnings.simplefilter("always")
+        base_model: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=DTYPE, local_files_only=True, use_safetensors=True
+        )
+        for parameter in base_model.parameters():
+            if parameter.is_floating_point():  # in 4-bit files some stay 16-bit, whatever is asked
+                parameter.data = parameter.data.to(DTYPE)
+        model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=True).eval()
+    said = [
+        f"PEFT warned: {_one_line(w.message)}"
+        for w in caught
+        if "/peft/" in w.filename.replace("\\", "/") and issubclass(w.category, UserWarning)
+    ]
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            linear: Any = module
+            linear.compute_dtype, linear.compute_type_is_set = DTYPE, True
+            linear.training = True
+            state.dtype = DTYPE
+    return PeftSide(model), list(dict.fromkeys(said))
+
+
+def batch(
+    tokenizer: Tokenizer, model: Model, text: str | os.PathLike[str] | None, tokens: int
+) -> Tensor:
+    """The first tokens of the text, in rows of up to 64: (B, T) int64.
+
+    Raises:
+        UsageError: fewer than two tokens. DataError: the file cannot be read, or the tokenizer
+            gives ids that the model has no place for.
+    """
+    ids = tokenizer.encode(_read(text))[:tokens]
+    width = min(ROW_TOKENS, model.max_positions, len(ids))
+    rows = len(ids) // width if width else 0
+    if width < 2:
+        raise UsageError(f"the text has {len(ids)} tokens; expected at least 2")
+    if max(ids) >= model.config.vocab_size:
+        raise DataError(
+            f"the tokenizer gives token {max(ids)}; the model has {model.config.vocab_size}"
+        )
+    return torch.tensor(ids[: rows * width]).view(rows, width)
+
+
+def _before_modules(first: list[Check], checks: list[Check]) -> list[Check]:
+    """Put each of the first checks where its module's begin."""
+    waiting: dict[str, list[Check]] = {}
+    for check in first:
+        waiting.setdefault(check.module, []).append(check)
+    return [c for check in checks for c in (*waiting.pop(check.module, []), check)]
+
+
+def _read(text: str | os.PathLike[str] | None) -> str:
+    if text is None:
+        return "\n\n".join(answer for _, answer in pairs(HELD_OUT_MODULES[:3]))
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{os.fspath(text)}: cannot be read ({reason})") from None
+
+
+def _adapter_directory(path: str | os.PathLike[str]) -> Path:
+    directory = Path(path)
+    if (directory / "adapter" / CONFIG).is_file():  # a run's directory
+        directory = directory / "adapter"
+    for file in (CONFIG, TENSORS):
+        if not (directory / file).is_file():
+            raise FormatError(f"{directory}: no {file}; expected a PEFT adapter directory")
+    if read_json(directory / CONFIG).get("peft_type") == "PROMPT_TUNING":
+        raise UsageError(f"{directory}: a tuned prompt; verify covers adapters that have weights")
+    return directory
+
+
+def _stated_base(adapter: Path) -> str:
+    base = read_json(adapter / CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UsageError(f"{adapter}: the adapter names no base model; give one with --base")
+    return base
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EnvironmentProblem(
+            f"verify holds lorax against {' and '.join(missing)}, which "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: pip install {' '.join(missing)}"
+        )
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _tensor_in(message: str) -> tuple[str, str]:
+    """The module and tensor that a message names, if it does."""
+    match = re.search(
+        r"base_model\.model\.([\w.]+?)\.(lora_[\w.]*\w|[a-z_]+)(?=[\s,;:)]|$)", message
+    )
+    return (match[1], match[2]) if match else ("", "")
+
+
+def _notes_on(directory: Path) -> list[str]:
+    tensors = read_file(directory / TENSORS)
+    bad = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    return [f"{causes.NOT_FINITE}: {', '.join(bad[:3])}"] if bad else []
+
+
+def _ignored(theirs: PeftSide, directory: Path) -> list[str]:
+    """The file's tensors that PEFT has no place for."""
+    kept = set(theirs.named_tensors())
+    extra = [n for n in read_file(directory / TENSORS) if n not in kept]
+    extra = [n for n in extra if not n.endswith(".base_layer.weight")]
+    return [f"{causes.UNEXPECTED}: {', '.join(extra[:3])}"] if extra else []
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' and bitsandbytes' bars and messages off, and then as they were."""
+    from transformers.utils import logging as their_logging
+
+    third = logging.getLogger("bitsandbytes")
+    third_level = third.level
+    third.setLevel(logging.ERROR)
+    bars, level = their_logging.is_progress_bar_enabled(), their_logging.get_verbosity()
+    their_logging.disable_progress_bar()
+    their_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        their_logging.set_verbosity(level)
+        third.setLevel(third_level)
+        if bars:
+            their_logging.enable_progress_bar()
