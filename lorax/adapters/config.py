@@ -39,10 +39,8 @@ NOT_COVERED: dict[str, Any] = {
 _NOT_BUILT: dict[str, Any] = {
     "bias": "none",
     "loftq_config": {},
-    "lora_bias": False,
     "modules_to_save": None,
     "trainable_token_indices": None,
-    "use_dora": False,
 }
 # Keys that say nothing about the result.
 DESCRIPTIVE = {
@@ -71,7 +69,7 @@ class LoRAConfig:
     fan_in_fan_out: said of GPT-2's Conv1D; lorax sees to it itself and only keeps the word.
     bias: which of the model's own biases are trained: "none", "lora_only" (of the adapted layers)
         or "all".
-    lora_bias: B has a bias of its own.
+    lora_bias: B has a bias of its own, scaled as the path is; not on embeddings, not with DoRA.
     init_lora_weights: True (A kaiming-uniform, B zero), "gaussian" (A ~ N(0, 1/r)), or False
         (both random: the adapter changes the model from the start).
     layers_to_transform: only these layers, by number; with target_modules as names only.
@@ -129,6 +127,8 @@ class LoRAConfig:
                 f"init_lora_weights is {self.init_lora_weights!r}; "
                 "lorax covers true, false and 'gaussian'"
             )
+        if self.use_dora and self.lora_bias:
+            raise AdapterError("use_dora and lora_bias: PEFT does not define the two together")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise AdapterError("layers_to_transform goes with target_modules as a list of names")
         self._compile_patterns()

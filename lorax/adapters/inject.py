@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorax.adapters.config import DEFAULT_TARGETS, LoRAConfig
+from lorax.adapters.dora import DoRAEmbedding, DoRALinear
+from lorax.adapters.embedding import LoRAEmbedding
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.errors import AdapterError
@@ -21,17 +23,17 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> None:
 
     Raises:
         AdapterError: the model has an adapter already, a target matches no module or one that is
-            no Linear, or a pattern matches no target. The model is then as it was.
+            neither Linear nor Embedding, or a pattern matches no target; the model is as it was.
     """
     if adapter_layers(model):
         raise AdapterError("the model has an adapter already; unload_adapter(model) first")
     config = expand_targets(model, config)
     targets = _targets(model, config)
     _check_patterns(config, list(targets))
+    layers = {name: _layer(name, base, config) for name, base in targets.items()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name, base in targets.items():
-        layer = _layer(name, base, config)
+    for name, layer in layers.items():
         layer.initialize(config.init_lora_weights)
         replace_module(model, name, layer.train(model.training))
     model.adapter_config = config  # type: ignore[assignment]
@@ -39,7 +41,14 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> None:
 
 def _layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
     """The variant that the config asks for, around the module of that path."""
-    return LoRALinear(base, config.rank(name), config.scaling(name), config.lora_dropout)
+    size = config.rank(name), config.scaling(name)
+    if isinstance(base, nn.Embedding):
+        if config.lora_bias:
+            raise AdapterError(f"lora_bias: {name} is an Embedding; PEFT gives one no bias either")
+        return (DoRAEmbedding if config.use_dora else LoRAEmbedding)(base, *size)
+    if config.use_dora:
+        return DoRALinear(base, *size, config.lora_dropout)
+    return LoRALinear(base, *size, config.lora_dropout, config.lora_bias)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -129,9 +138,10 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             "no module is left to adapt: exclude_modules or layers_to_transform take them all out"
         )
     for name, module in targets.items():
-        if not _is_linear(module):
+        if not _is_linear(module) and not isinstance(module, nn.Embedding):
+            kind = type(module).__name__
             raise AdapterError(
-                f"target_modules: {name} is a {type(module).__name__}; lorax adapts Linears"
+                f"target_modules: {name} is a {kind}; lorax adapts Linears and Embeddings"
             )
     return targets
 

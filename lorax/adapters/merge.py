@@ -82,12 +82,17 @@ def unload_adapter(model: nn.Module, merge: bool = False) -> MergeReport | None:
     Args:
         model: a model with an adapter.
         merge: leave the adapter's effect in the weights; a quantized layer then becomes dense.
-            A head that was tied to the embedding gets a weight of its own, and the config says so.
+            A head that was tied to the embedding gets a weight of its own, and the config says so;
+            so it does where layers gain a bias that they did not have (lora_bias).
 
     Returns:
         With `merge`, what it cost.
+
+    Raises:
+        AdapterError: there is no adapter; or a merged bias has no place in the model's config.
     """
     layers = require_adapter(model)
+    gained = _gained_biases(layers) if merge else []
     errors = {}
     for name, layer in layers.items():
         module = layer.base_layer
@@ -98,8 +103,10 @@ def unload_adapter(model: nn.Module, merge: bool = False) -> MergeReport | None:
     del model.adapter_config
     if not merge:
         return None
-    if "lm_head" in errors:
+    embedding = str(model.embedding_name).removesuffix(".weight")
+    if "lm_head" in errors or embedding in errors:
         model.config = dataclasses.replace(model.config, tie_word_embeddings=False)  # type: ignore
+    _fill_up_biases(model, gained)
     last = model.get_submodule(next(iter(errors))).weight
     assert isinstance(last, torch.Tensor)
     return MergeReport(errors, last.dtype)
@@ -125,3 +132,37 @@ def merged_layer(layer: AdapterLayer) -> tuple[nn.Module, float]:
     if bias is not None:
         merged.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return merged.eval(), lost / size if size else 0.0
+
+
+# A Llama's config has one word for the biases of all its attention, and one for all of the MLP's.
+_BIAS_WORDS = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
+
+
+def _gained_biases(layers: dict[str, AdapterLayer]) -> list[str]:
+    """The layers that merging gives a bias; each must have a word in the config for it."""
+    gained = [
+        name
+        for name, layer in layers.items()
+        if layer.effective_bias() is not None and layer.base_layer.bias is None
+    ]
+    for name in gained:
+        if name.split(".")[-2:-1] not in ([word] for word in _BIAS_WORDS):
+            raise AdapterError(
+                f"{name} has no bias, and the model's config no word for one: lora_bias cannot be "
+                "merged into it; keep the adapter, or train it without lora_bias there"
+            )
+    return gained
+
+
+def _fill_up_biases(model: nn.Module, gained: list[str]) -> None:
+    """Say in the config that there are biases, and give the other layers that it means zeros."""
+    for part in {name.split(".")[-2] for name in gained}:
+        word = {_BIAS_WORDS[part]: True}
+        model.config = dataclasses.replace(model.config, **word)
+        for name, module in model.named_modules():
+            if name.split(".")[-2:-1] == [part] and getattr(module, "bias", 0) is None:
+                dtype = next(model.parameters()).dtype
+                size = int(module.out_features)  # type: ignore[arg-type]
+                device = next(model.parameters()).device
+                zeros = torch.zeros(size, dtype=dtype, device=device)
+                module.bias = nn.Parameter(zeros, requires_grad=False)
