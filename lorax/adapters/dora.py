@@ -16,7 +16,7 @@ products change:
 ||W0||^2 is computed once, in float64. Without gradients the norm is kept until A or B change.
 
 With dropout at work PEFT computes W0 x + bias + (g - 1) * (W0 x') + g * (s B A x'), with x' the
-input after dropout: two products with W0, here too. Without dropout x' = x, and one product is enough.
+input after dropout: two products with W0, here too. Without dropout x' = x, and one is enough.
 """
 
 from __future__ import annotations

@@ -158,11 +158,11 @@ def _fill_up_biases(model: nn.Module, gained: list[str]) -> None:
     """Say in the config that there are biases, and give the other layers that it means zeros."""
     for part in {name.split(".")[-2] for name in gained}:
         word = {_BIAS_WORDS[part]: True}
-        model.config = dataclasses.replace(model.config, **word)
+        model.config = dataclasses.replace(model.config, **word)  # type: ignore
         for name, module in model.named_modules():
             if name.split(".")[-2:-1] == [part] and getattr(module, "bias", 0) is None:
                 dtype = next(model.parameters()).dtype
-                size = int(module.out_features)  # type: ignore[arg-type]
+                size = int(module.out_features)
                 device = next(model.parameters()).device
                 zeros = torch.zeros(size, dtype=dtype, device=device)
                 module.bias = nn.Parameter(zeros, requires_grad=False)
