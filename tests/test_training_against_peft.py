@@ -95,7 +95,7 @@ CASES = {
     "llama lora+": (llama, {"target_modules": "all-linear", "r": 4}),
     "gpt2 rslora+": (gpt2, {"target_modules": ["c_attn"], "use_rslora": True}),
     "gpt2 dora+": (gpt2, {"target_modules": ["c_attn", "c_fc"], "use_dora": True}),
-    "gpt2 lora_bias+": (gpt2, {"target_modules": ["c_attn", "c_fc"], "lora_bias": True}),
+    "gpt2 lora_bias": (gpt2, {"target_modules": ["c_attn", "c_fc"], "lora_bias": True}),
 }
 
 
