@@ -5,7 +5,6 @@ import copy
 import hypothesis.strategies as st
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from oracles import gpt2, llama, tokens
 from peft import PeftModel
@@ -27,6 +26,7 @@ from lorax.adapters.dora import DoRALinear, RowNorms, _Rescale
 from lorax.adapters.inject import adapter_layers
 from lorax.adapters.merge import merged_layer
 from lorax.errors import AdapterError
+from lorax.quant import ops
 from lorax.quant.linear import QuantizedLinear, dequantize_into_scratch
 
 FLOAT32 = 1e-5
@@ -219,6 +219,26 @@ def test_merging_over_a_quantized_base(format, tmp_path):
         assert torch.equal(logits(mine), base)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_over_the_kernels_fused_operator(bias):
+    """Triton, in its interpreter: base and path are one operator, and DoRA scales what it gives."""
+    linear = nn.Linear(64, 32, bias=bias).requires_grad_(False)
+    weight = lorax.quantize(linear.weight, "nf4")
+    layer = DoRALinear(QuantizedLinear(weight, linear.bias), 4, 2.0)
+    layer.initialize(False)
+    layer.lora_magnitude_vector.data.mul_(1.5)
+    x = torch.randn(5, 64, requires_grad=True)
+    found = []
+    for backend in ("pytorch", "triton"):
+        with ops.backend(backend):
+            assert layer._is_fused(x) == (backend == "triton")
+            y = layer(x)
+            wanted = [x, *layer.tensors().values()]
+            found.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    for plain, fused in zip(*found, strict=True):
+        assert relative_rms(fused, plain) <= 1e-5
+
+
 # --- the norms ---------------------------------------------------------------------------------
 
 
@@ -345,6 +365,20 @@ def test_refused_together():
         lorax.LoRAConfig(use_dora=True, lora_bias=True)
 
 
+class Logits(nn.Module):
+    """A model of transformers with the face of ours."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids).logits
+
+    def named_parameters(self, *arguments, **options):
+        return self.model.named_parameters(*arguments, **options)
+
+
 @pytest.mark.slow
 def test_smollm2_against_peft(smollm2_gguf, tmp_path):
     folder, file = smollm2_gguf.rsplit("/", 1)
@@ -358,9 +392,12 @@ def test_smollm2_against_peft(smollm2_gguf, tmp_path):
         expected = theirs(ids).logits
         adapted = mine(ids)
     assert relative_rms(adapted, expected) <= 1e-5
-    errors = gradient_errors(mine, theirs, ids)
-    assert max(errors.values()) <= 1e-5
+    error = max(gradient_errors(mine, theirs, ids).values())
+    # Through 30 layers of random changes PEFT's own two attentions part by as much.
+    eager = copy.deepcopy(theirs)
+    eager.set_attn_implementation("eager")
+    noise = max(gradient_errors(Logits(eager), theirs, ids).values())
+    print(f"gradients differ by {error:.1e}; PEFT's two attentions by {noise:.1e}")
+    assert error <= max(1e-5, 2 * noise)
     lorax.merge_adapter(mine)
     assert relative_rms(logits(mine, ids), adapted) <= 2e-6
-    loss = F.cross_entropy(adapted[0, :-1], ids[0, 1:])
-    assert torch.isfinite(loss)
