@@ -5,7 +5,7 @@ one kernel gets a table of addresses, and each program finds its tensor in it:
 
     owner  (programs,)   int32   which tensor a program works on
     table  (tensors, k)  int64   addresses of p, g and the states; size; the tensor's first program
-    steps  (tensors, 7)  float32 what the step multiplies with: every tensor may have its own rate
+    steps  (tensors, 8)  float32 what the step multiplies with: every tensor may have its own rate
 
 Per value and step, in float32, in torch.optim.AdamW's order:
 
@@ -14,10 +14,17 @@ Per value and step, in float32, in torch.optim.AdamW's order:
     v <- beta2 v + (1 - beta2) g g
     p <- p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
+The second line is torch.lerp, the third torch.addcmul; on a CPU the last multiplication and the
+addition of both are one fused operation, rounded once, and so they are here. Everything else is
+rounded operation by operation, there and here. So the moments' bits are those of
+torch.optim.AdamW(foreach=False) on a CPU. The parameters' are, too, but for its square root: MKL's
+is one ulp off for a fifth of all numbers, and the kernel's is rounded right.
+
 **8-bit states** (Dettmers et al., arXiv:2110.02861): m and v are kept as codes of a dynamic map,
-with one float32 scale for each 256 values: 2.03 bytes a parameter. The step uses the new m and v
-before they are rounded. A second moment that is not zero is never stored as zero: the nearest code
-would be zero where one block mixes gradients far apart, and m / (sqrt(0) + eps) is an explosion.
+with one float32 scale for each block of 256 values: 2.03 bytes a parameter. The step uses the new m
+and v before they are rounded. m takes the nearest codes; v takes them under three rules, for which
+lorax/optim/adamw8bit.py has the reasons: where it is not zero, its code is not zero; where g^2
+exceeds 16 v, it is rounded up; its scale is at least 1e-30.
 
 Cost: 28 bytes a value with 32-bit states, 16 with 8-bit ones (float32 p and g).
 """
@@ -31,14 +38,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lorax.kernels.common import nearest_code, scaled_to_absmax
 from lorax.kernels.hyper import AdamWStep
 from lorax.kernels.launch import launch
-from lorax.kernels.reference import search_tables
+from lorax.kernels.reference import SMALLEST_POSITIVE_ABSMAX, search_tables
 
 TILE = 1024  # values a program
-BLOCK_SIZE = 256  # 8-bit values that share a scale
+_boundaries = WeakIdKeyDictionary()  # of the maps that have been used
 
 
 @triton.jit
@@ -70,9 +78,10 @@ def _stepped(p, g, m, v, steps):
     eps = tl.load(steps + 5)
     step_size = tl.load(steps + 6)
     p = p * decay
-    near = m + one_minus_beta1 * (g - m)  # torch.lerp: from the nearer end
-    m = tl.where(one_minus_beta1 < 0.5, near, g - (g - m) * (1.0 - one_minus_beta1))
-    v = v * beta2 + one_minus_beta2 * g * g
+    near = one_minus_beta1 < 0.5  # torch.lerp: from the nearer end, rounded once
+    weight = tl.where(near, one_minus_beta1, one_minus_beta1 - 1.0)
+    m = tl.fma(tl.zeros_like(g) + weight, g - m, tl.where(near, m, g))
+    v = tl.fma(one_minus_beta2 * g, g, v * beta2)  # torch.addcmul: the sum rounded once
     denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + root_correction2) + eps
     p = p + tl.div_rn(-step_size * m, denominator)
     return p, m, v
@@ -100,7 +109,7 @@ def _adamw_kernel(
     p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_at, mask=inside, other=0.0)
     v = tl.load(v_at, mask=inside, other=0.0)
-    p, m, v = _stepped(p, g, m, v, steps + tensor * 7)
+    p, m, v = _stepped(p, g, m, v, steps + tensor * 8)
     tl.store(p_at, p.to(P_DTYPE), mask=inside)
     tl.store(m_at, m, mask=inside)
     tl.store(v_at, v, mask=inside)
@@ -119,6 +128,7 @@ def _adamw_8bit_kernel(
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    SMALLEST_V_SCALE: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = TILE // BLOCK_SIZE
     program = tl.program_id(0)
@@ -140,27 +150,30 @@ def _adamw_8bit_kernel(
     v = tl.load(unsigned_map + tl.load(v_at, mask=inside, other=0).to(tl.int32))
     m = m * tl.load(m_scale_at, mask=present, other=0.0)[:, None]
     v = v * tl.load(v_scale_at, mask=present, other=0.0)[:, None]
-    p, m, v = _stepped(p, g, m, v, steps + tensor * 7)
+    p, m, v = _stepped(p, g, m, v, steps + tensor * 8)
     tl.store(p_at, p.to(P_DTYPE), mask=inside)
     m_scale, y = scaled_to_absmax(tl.where(inside, m, 0.0), inside, 1)
     tl.store(m_at, nearest_code(y, signed_boundaries, 8).to(tl.uint8), mask=inside)
     tl.store(m_scale_at, m_scale, mask=present)
-    v_scale, y = scaled_to_absmax(tl.where(inside, v, 0.0), inside, 1)
+    v_scale, y = scaled_to_absmax(tl.where(inside, v, 0.0), inside, 1, SMALLEST_V_SCALE)
     code = nearest_code(y, unsigned_boundaries, 8)
+    outgrown = g * g > v * tl.load(steps + tensor * 8 + 7)
+    code += (outgrown & (tl.load(unsigned_map + code) < y)).to(tl.int32)
     code = tl.where((v > 0.0) & (code == 0), 1, code)
     tl.store(v_at, code.to(tl.uint8), mask=inside)
     tl.store(v_scale_at, v_scale, mask=present)
 
 
 def _tables(
-    tensors: Sequence[Sequence[Tensor]], steps: Sequence[AdamWStep], device: torch.device
+    tensors: Sequence[Sequence[Tensor]], steps: Sequence[AdamWStep], tile: int
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
     """owner, table and steps for columns of tensors, p first; one copy to the device each.
 
     The last is whether all addresses and sizes are multiples of 16: then loads are 16 bytes wide.
     """
+    device = tensors[0][0].device
     sizes = [p.numel() for p in tensors[0]]
-    programs = [triton.cdiv(size, TILE) for size in sizes]
+    programs = [-(-size // tile) for size in sizes]  # triton.cdiv takes 10 us a call
     firsts = list(accumulate(programs, initial=0))[:-1]
     owner = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
     columns = [[tensor.data_ptr() for tensor in column] for column in tensors]
@@ -168,6 +181,14 @@ def _tables(
     numbers = torch.tensor(steps, dtype=torch.float64).float()
     aligned = all(number % 16 == 0 for column in (*columns, sizes) for number in column)
     return _to(owner, device), _to(table, device), _to(numbers, device), aligned
+
+
+def _boundaries_of(values: Tensor) -> Tensor:
+    """A map's boundaries, worked out once: a step must not sort it again."""
+    if values not in _boundaries:
+        _boundaries[values] = search_tables(values)[0]
+    found: Tensor = _boundaries[values]
+    return found
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
@@ -217,8 +238,7 @@ def adamw(
     if not params:
         return
     _check(params, grads, exp_avgs, exp_avg_sqs)
-    device = params[0].device
-    owner, table, numbers, aligned = _tables((params, grads, exp_avgs, exp_avg_sqs), steps, device)
+    owner, table, numbers, aligned = _tables((params, grads, exp_avgs, exp_avg_sqs), steps, TILE)
     launch(
         _adamw_kernel,
         (owner.numel(),),
@@ -243,6 +263,7 @@ def adamw_8bit(
     steps: Sequence[AdamWStep],
     signed_map: Tensor,
     unsigned_map: Tensor,
+    block_size: int = 256,
 ) -> None:
     """One AdamW step with 8-bit states for all tensors, in place, in one launch.
 
@@ -250,19 +271,20 @@ def adamw_8bit(
         params: contiguous, all of one dtype and on one device.
         grads: of the same shapes and dtype.
         m_codes: uint8, of the same sizes, codes of signed_map.
-        m_absmaxes: (ceil(n / 256),) float32.
+        m_absmaxes: (ceil(n / block_size),) float32.
         v_codes: uint8, codes of unsigned_map.
         v_absmaxes: as m's.
         steps: one a tensor.
         signed_map: (256,) float32, ascending.
         unsigned_map: (256,) float32, ascending from zero.
+        block_size: values that share a scale, a power of two.
     """
     if not params:
         return
     states = (m_codes, m_absmaxes, v_codes, v_absmaxes)
     _check(params, grads, *states)
-    device = params[0].device
-    owner, table, numbers, aligned = _tables((params, grads, *states), steps, device)
+    tile = max(TILE, block_size)
+    owner, table, numbers, aligned = _tables((params, grads, *states), steps, tile)
     launch(
         _adamw_8bit_kernel,
         (owner.numel(),),
@@ -270,13 +292,14 @@ def adamw_8bit(
         table,
         numbers,
         signed_map,
-        search_tables(signed_map)[0],
+        _boundaries_of(signed_map),
         unsigned_map,
-        search_tables(unsigned_map)[0],
+        _boundaries_of(unsigned_map),
         P_DTYPE=_DTYPES[params[0].dtype],
         ALIGNED=aligned,
-        TILE=TILE,
-        BLOCK_SIZE=BLOCK_SIZE,
+        TILE=tile,
+        BLOCK_SIZE=block_size,
+        SMALLEST_V_SCALE=SMALLEST_POSITIVE_ABSMAX,
         num_warps=8,  # 4 warps spill registers on sm_80 under Triton 3.6
         enable_fp_fusion=False,
     )

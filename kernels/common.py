@@ -95,14 +95,15 @@ def nearest_code(y, boundaries, LOG2: tl.constexpr):
 
 
 @triton.jit
-def scaled_to_absmax(x, inside, AXIS: tl.constexpr):
+def scaled_to_absmax(x, inside, AXIS: tl.constexpr, SMALLEST: tl.constexpr = 0.0):
     """Each row's largest magnitude, and the row divided by it as bitsandbytes does.
 
-    x: (rows, n) float32, zero outside. Gives absmax (rows,) and y (rows, n) in [-1, 1]. A NaN
-    makes its row's absmax a NaN, as torch.amax does and tl.max alone would not.
+    x: (rows, n) float32, zero outside. Gives absmax (rows,), at least SMALLEST, and y (rows, n) in
+    [-1, 1]. A NaN makes its row's absmax a NaN, as torch.amax does and tl.max alone would not.
     """
     spoiled = tl.max((x != x).to(tl.int32), AXIS)
     absmax = tl.max(tl.abs(x), AXIS)
+    absmax = tl.where(absmax < SMALLEST, SMALLEST, absmax)
     absmax = tl.where(spoiled != 0, float("nan"), absmax)
     divisor = tl.where(absmax < 1e-38, 1e-38, absmax)
     reciprocal = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)

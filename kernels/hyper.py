@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+OUTGROWN = 16.0  # 8-bit states: g^2 beyond this many times v (bias-corrected) rounds v up
+
 
 class AdamWStep(NamedTuple):
     """What a tensor's step multiplies with; every tensor may have its own (LoRA+ needs that)."""
@@ -15,6 +17,7 @@ class AdamWStep(NamedTuple):
     root_correction2: float  # sqrt(1 - beta2^t)
     eps: float
     step_size: float  # learning_rate / (1 - beta1^t)
+    outgrown: float  # OUTGROWN / (1 - beta2^t)
 
     @classmethod
     def at(
@@ -35,4 +38,5 @@ class AdamWStep(NamedTuple):
             root_correction2=(1 - beta2**step) ** 0.5,
             eps=eps,
             step_size=learning_rate / (1 - beta1**step),
+            outgrown=OUTGROWN / (1 - beta2**step),
         )

@@ -13,6 +13,8 @@ from torch import Tensor
 from lorax.kernels.hyper import AdamWStep
 from lorax.kernels.weight import PackedWeight
 
+SMALLEST_POSITIVE_ABSMAX = 1e-30  # times a map's least value it is still a normal float32
+
 
 def scales(weight: PackedWeight) -> Tensor:
     """The scales in float32, (blocks,): decoded where they are nested, rounded at each step."""
@@ -201,18 +203,34 @@ def adamw_8bit(
     steps: list[AdamWStep],
     signed_map: Tensor,
     unsigned_map: Tensor,
+    block_size: int = 256,
 ) -> None:
     """Twin of adamw.adamw_8bit."""
     for p, g, mc, ms, vc, vs, step in zip(
         params, grads, m_codes, m_absmaxes, v_codes, v_absmaxes, steps, strict=True
     ):
-        block = torch.arange(p.numel(), device=p.device) // 256
+        block = torch.arange(p.numel(), device=p.device) // block_size
         m = signed_map[mc.view(-1).int()] * ms[block]
         v = unsigned_map[vc.view(-1).int()] * vs[block]
         p.view(-1).copy_(_update(p.view(-1), g.view(-1), m, v, step))
-        codes, absmax = quantize_8bit(m, signed_map, 256)
+        outgrown = g.view(-1).float().square() > v * step.outgrown
+        codes, absmax = quantize_8bit(m, signed_map, block_size)
         mc.view(-1).copy_(codes)
         ms.copy_(absmax)
-        codes, absmax = quantize_8bit(v, unsigned_map, 256)
-        vc.view(-1).copy_(torch.where((v > 0) & (codes == 0), 1, codes))
+        codes, absmax = _quantize_positive(v, outgrown, unsigned_map, block_size)
+        vc.view(-1).copy_(codes)
         vs.copy_(absmax)
+
+
+def _quantize_positive(
+    x: Tensor, round_up: Tensor, code: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Values >= 0 so that none but zero becomes zero; up instead of to the nearest where asked."""
+    n = x.numel()
+    blocks = F.pad(x, (0, -n % block_size)).view(-1, block_size)
+    absmax = blocks.amax(1) if n else blocks.new_empty(0)
+    absmax = absmax.clamp_min(SMALLEST_POSITIVE_ABSMAX)
+    y = (blocks * absmax.reciprocal()[:, None]).clamp(max=1).view(-1)[:n]
+    codes = torch.bucketize(y, search_tables(code)[0])
+    codes += (code[codes] < y) & round_up
+    return torch.maximum(codes, (x > 0).long()).to(torch.uint8), absmax

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lorax.adapters.algebra import Adapter as Adapter
     from lorax.adapters.config import LoRAConfig as LoRAConfig
+    from lorax.adapters.convert import convert_to_lora as convert_to_lora
     from lorax.adapters.inject import add_adapter as add_adapter
     from lorax.adapters.inject import disabled_adapter as disabled_adapter
     from lorax.adapters.inject import print_trainable_parameters as print_trainable_parameters
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from lorax.adapters.merge import unload_adapter as unload_adapter
     from lorax.adapters.merge import unmerge_adapter as unmerge_adapter
     from lorax.errors import LoraxError as LoraxError
+    from lorax.formats.adapter_data import read_adapter as read_adapter
+    from lorax.formats.adapter_data import write_adapter as write_adapter
     from lorax.formats.huggingface import load_model as load_model
     from lorax.formats.huggingface import load_tokenizer as load_tokenizer
     from lorax.formats.huggingface import save_model as save_model
@@ -30,11 +34,13 @@ if TYPE_CHECKING:
     from lorax.training.recipe import Recipe as Recipe
 
 _HOME = {
+    "Adapter": "lorax.adapters.algebra",
     "LoRAConfig": "lorax.adapters.config",
     "LoraxError": "lorax.errors",
     "QuantizedTensor": "lorax.quant.tensor",
     "Recipe": "lorax.training.recipe",
     "add_adapter": "lorax.adapters.inject",
+    "convert_to_lora": "lorax.adapters.convert",
     "disabled_adapter": "lorax.adapters.inject",
     "generate": "lorax.inference.generate",
     "load_adapter": "lorax.formats.peft",
@@ -43,11 +49,13 @@ _HOME = {
     "merge_adapter": "lorax.adapters.merge",
     "print_trainable_parameters": "lorax.adapters.inject",
     "quantize": "lorax.quant.formats",
+    "read_adapter": "lorax.formats.adapter_data",
     "save_adapter": "lorax.formats.peft",
     "save_model": "lorax.formats.huggingface",
     "train": "lorax.training.loop",
     "unload_adapter": "lorax.adapters.merge",
     "unmerge_adapter": "lorax.adapters.merge",
+    "write_adapter": "lorax.formats.adapter_data",
 }
 
 _ROOMS = {

@@ -224,7 +224,11 @@ def merge(
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
 
-inspect = App(name="inspect", help="Look into a model: lorax inspect quantization MODEL")
+inspect = App(
+    name="inspect",
+    help="Look into a model, an adapter or a run: lorax inspect quantization MODEL, "
+    "... adapter PATH, ... optimizer RUN",
+)
 app.command(inspect)
 
 
@@ -295,19 +299,133 @@ def inspect_quantization(
         _say(f"picture  {plot}")
 
 
+@inspect.command(name="adapter")
+def inspect_adapter(
+    path: Path,
+    /,
+    *,
+    against: Annotated[Path | None, Parameter(help="Another adapter of the same base.")] = None,
+    json: Json = False,
+) -> None:
+    """How large an adapter's change is, layer by layer, and the angle to another adapter.
+
+    Parameters
+    ----------
+    path
+        A PEFT LoRA directory; no base model is needed.
+    """
+    from lorax.verify import adapter as report
+
+    found = report.inspect_adapter(path, against)
+    if json:
+        print(report.to_json(found))
+        return
+    columns = ["layer", "r", "Frobenius", "spectral", "eff. rank"]
+    columns += ["degrees"] if against is not None else []
+    table = Table(*columns, box=None)  # room for long paths
+    for size in found:
+        row = [size.layer, str(size.rank), f"{size.frobenius:.4g}", f"{size.spectral:.4g}"]
+        row.append(f"{size.effective_rank:.2f}")
+        if size.angle is not None:
+            row.append(f"{size.angle:.2f}")
+        table.add_row(*row)
+    out.print(table)
+
+
+@inspect.command(name="optimizer")
+def inspect_optimizer(path: str, /, *, json: Json = False) -> None:
+    """What a run's optimizer holds, by name, and what paging has moved.
+
+    Parameters
+    ----------
+    path
+        A run's directory, a checkpoint's directory, or an optimizer state's file.
+    """
+    from lorax.verify import optimizer as verify
+
+    report = verify.inspect_optimizer(path)
+    if json:
+        print(verify.to_json(report))
+        return
+    if report.optimizer is not None:
+        _say(f"optimizer  {report.optimizer}, after step {report.steps or 0}")
+    _say(f"state      {report.state_file or 'none is saved; a checkpoint would hold it'}")
+    if report.state:
+        table = Table("state", "dtype", "tensors", "values", "bytes", "bytes a parameter")
+        count = max(report.parameters, 1)
+        for part in report.state:
+            numbers = (part.tensors, part.values, part.nbytes)
+            cells = [f"{number:,}" for number in numbers]
+            table.add_row(part.name, part.dtype, *cells, f"{part.nbytes / count:.3f}")
+        total = report.state_bytes
+        table.add_row("total", "", "", "", f"{total:,}", f"{total / count:.3f}")
+        out.print(table)
+    _say(report.verdict)
+    if report.paging is not None:
+        table = Table("paging", "")
+        table.add_row("bytes managed", f"{report.paging.managed_bytes:,}")
+        table.add_row("bytes prefetched in", f"{report.paging.prefetched_in_bytes:,}")
+        table.add_row("bytes prefetched out", f"{report.paging.prefetched_out_bytes:,}")
+        table.add_row("seconds waited", f"{report.paging.waited_seconds:.3f}")
+        out.print(table)
+
+
+adapter = App(name="adapter", help="Calculate with adapters: lorax adapter add A B --output SUM")
+app.command(adapter)
+
+
+@adapter.command(name="add")
+def add_adapters(
+    *paths: Path,
+    output: Path,
+    weights: Annotated[
+        tuple[float, ...],
+        Parameter(
+            help="One for each, such as 1 -0.5; 1 where none are given.",
+            consume_multiple=True,
+        ),
+    ] = (),
+    rank: Annotated[
+        Positive | None, Parameter(help="Truncate each layer of the sum to this rank.")
+    ] = None,
+) -> None:
+    """Write the weighted sum of adapters as an adapter: exact, of the sum of their ranks.
+
+    Parameters
+    ----------
+    paths
+        PEFT LoRA directories of one base; no base model is needed.
+    output
+        The sum's directory; must be missing or empty.
+    """
+    from lorax.formats.adapter_data import weighted_sum, write_adapter
+    from lorax.formats.directory import check_free
+
+    check_free(output)
+    total = weighted_sum(paths, weights)
+    if rank is not None:
+        total, errors = total.truncate(rank)
+        worst = max(errors, key=lambda name: errors[name])
+        _say(f"truncating to rank {rank} lost {100 * errors[worst]:.2f} % at most ({worst})")
+    write_adapter(total, output)
+    _say(f"wrote {output}")
+
+
 @app.command
 def quantize(
     model: str,
     output: Path,
     /,
     *,
-    format: Annotated[str, Parameter(help="nf4, nf4-dq, fp4 or fp4-dq.")] = "nf4-dq",
-    block_size: Annotated[int, Parameter(help="Values that share a scale: 32 to 4096.")] = 64,
+    format: Annotated[str, Parameter(help="nf4, nf4-dq, fp4, fp4-dq or int8.")] = "nf4-dq",
+    block_size: Annotated[
+        int | None, Parameter(help="Values that share a scale: 32 to 4096, by default 64.")
+    ] = None,
     dtype: Dtype = "auto",
     max_shard_bytes: Annotated[Positive, Parameter(help="The largest file.")] = 5 * 10**9,
     json: Json = False,
 ) -> None:
-    """Write a 4-bit copy of a model that lorax and transformers + bitsandbytes open.
+    """Write a copy of a model in 4 or 8 bits that lorax and transformers + bitsandbytes open.
 
     Tensor by tensor, in memory of about one output file.
 

@@ -32,6 +32,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # `make quick` leaves these files out: each takes ten seconds or more.
 SLOW_FILES = (
+    "test_benchmarks",
     "test_bitsandbytes_checkpoints",
     "test_cli",
     "test_configs_and_readme",

@@ -269,7 +269,7 @@ def test_a_refused_config_leaves_the_model_as_it_was(config, word, model):
         ({"lora_alpha": float("nan")}, "lora_alpha is nan; expected a finite"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"bias": "all"}, "bias = 'all'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights is 'eva'"),
         ({"target_modules": "(q_proj"}, "no regular expression"),
         ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\] is -1"),
     ],

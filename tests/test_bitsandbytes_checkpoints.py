@@ -607,12 +607,13 @@ def run(monkeypatch, capfd):
     return run_command
 
 
-@pytest.mark.parametrize("format", FORMATS[:4])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("kind", "more"), [("llama", {"tie_word_embeddings": True}), ("gpt2", {})])
 def test_the_command_gives_what_load_and_save_give(kind, more, format, run, tmp_path):
     plain(tmp_path / "plain", kind, **more)
     write_tokenizer(byte_tokenizer(chat_template="{{ messages }}"), tmp_path / "plain")
-    options = ["--format", format, "--block-size", 64, "--dtype", "bfloat16"]
+    options = ["--format", format, "--dtype", "bfloat16"]
+    options += [] if format == "int8" else ["--block-size", 64]
     code, out, err = run("quantize", tmp_path / "plain", tmp_path / "q", *options)
     assert (code, err) == (0, "")
     assert "before" in out
@@ -627,7 +628,9 @@ def test_the_command_gives_what_load_and_save_give(kind, more, format, run, tmp_
     assert lorax.load_tokenizer(tmp_path / "q").chat_template == "{{ messages }}"
     before = json.loads((tmp_path / "plain" / "config.json").read_text())
     after = json.loads((tmp_path / "q" / "config.json").read_text())
-    assert after.pop("quantization_config")["bnb_4bit_quant_type"] == format[:3]
+    settings = after.pop("quantization_config")
+    assert settings["load_in_8bit"] == (format == "int8")
+    assert settings["bnb_4bit_quant_type"] == ("fp4" if format == "int8" else format[:3])
     assert after == {**before, "dtype": "bfloat16"}  # nothing else of the config is lost
 
 
@@ -668,6 +671,8 @@ def test_the_command_takes_a_gguf(smollm2_gguf, smollm2_tokenizer, tmp_path):
         (["--format", "nf3"], 2, "nf3"),
         (["--block-size", "65"], 2, "65"),
         (["--block-size", "0"], 2, "0"),
+        (["--format", "int8", "--block-size", "64"], 2, "a scale for each row"),
+        (["--format", "int4-affine"], 2, "bitsandbytes' layout"),
         (["--dtype", "float8"], 2, "float8"),
         (["--max-shard-bytes", "0"], 2, "max-shard-bytes"),
     ],

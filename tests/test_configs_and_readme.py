@@ -77,7 +77,7 @@ def test_the_readme_s_commands_exist():
     ]
     assert {c[1] for c in commands} >= {"train", "generate", "evaluate", "merge", "demo"}
     for command in commands:
-        words = command[1:3] if command[1] == "inspect" else command[1:2]
+        words = command[1:3] if command[1] in ("inspect", "adapter") else command[1:2]
         help_text = lorax(*words, "--help")
         assert help_text.returncode == 0
         for option in re.findall(r"--[\w.-]+", " ".join(command[2:])):

@@ -135,6 +135,10 @@ def test_no_multiplication_is_fused_with_an_addition_where_bits_count(rows):
     exact = on(rows, "dequantize") + on(rows, "quantize")
     assert all(row["fused_multiply_adds"] == 0 for row in on(rows, "dequantize"))
     assert all(row["mul_add_ptx"] == 0 for row in exact)
+    for row in on(rows, "AdamW"):  # lerp and addcmul, asked for: two for each value of a thread
+        values = {"_adamw_kernel": 8, "_adamw_8bit_kernel": 4}[row["kernel"]]
+        packed = 2 if row["target"] == 100 else 1  # sm_100 steps two values in one instruction
+        assert row["mul_add_ptx"] == 2 * values / packed, which(row)
     (control,) = on(rows, "control: contracted")
     assert control["fused_multiply_adds"] > 0
 

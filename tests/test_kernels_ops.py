@@ -82,7 +82,7 @@ def test_optimizers(weight):
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     ops.adamw_([p], [g], [m], [v], list(AdamWStep.at(1, 1e-3)))
     torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-7)
-    with pytest.raises(UsageError, match="expected 7 for each of 1"):
+    with pytest.raises(UsageError, match="expected 8 for each of 1"):
         ops.adamw_([p], [g], [m], [v], [1.0])
     ops.adamw_([], [], [], [], [])
 

@@ -7,6 +7,7 @@ from torch import nn
 
 import lorax
 from lorax.adapters.lora import LoRALinear
+from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.ops import backend
 from lorax.training.loss import head_loss
@@ -49,12 +50,30 @@ def test_quantized_linear(format, rows):
     assert close(dx2, dx1)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_lora_linear_with_every_gradient_by_name(format):
-    base = QuantizedLinear(lorax.quantize(torch.randn(24, 128), format), torch.randn(24))
-    layer = LoRALinear(base, r=4, scaling=0.5, dropout=0.1).eval()
-    layer.lora_A.data.normal_()
-    layer.lora_B.data.normal_()
+def started(format, kind):
+    """A layer of each kind whose base and path are one operator on CUDA."""
+    weight, bias = torch.randn(24, 128), torch.randn(24)
+    if kind == "loftq":
+        base = nn.Linear(128, 24)
+        base.weight.data, base.bias.data = weight, bias
+        layer = LoftQLinear(base, 4, 0.5, 0.1, iterations=1, format=format)
+        layer.requires_grad_(False)
+    else:
+        base = QuantizedLinear(lorax.quantize(weight, format), bias)
+        layer = (LoRALinear if kind is True else ResidualLoRALinear)(base, 4, 0.5, 0.1)
+    layer.initialize(kind)
+    for tensor in layer.tensors().values():
+        tensor.data.add_(torch.randn_like(tensor))
+        tensor.requires_grad_()
+    return layer.eval()
+
+
+CASES = [(format, True) for format in FORMATS] + [("nf4", "pissa"), ("nf4", "loftq")]
+
+
+@pytest.mark.parametrize(("format", "kind"), CASES)
+def test_lora_linear_with_every_gradient_by_name(format, kind):
+    layer = started(format, kind)
     found = {}
     x = torch.randn(2, 3, 128)
     for name in ("pytorch", "triton"):

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from lorax.errors import EnvironmentProblem
-from lorax.optim import PagedAdamW, unified_memory
-from lorax.optim.paged import PagedMemory, PagingCounters
+from lorax.optim import AdamW, PagedAdamW, PagedAdamW8bit, paged, unified_memory
+from lorax.optim.paged import PagedMemory, Pager, PagingCounters
 from lorax.optim.unified_memory import HOST, ManagedBlock, Runtime, live_bytes
+from lorax.training.optimizers import paging_line
 
 
 class FakeCuda:
@@ -191,6 +192,80 @@ def test_without_writing_back_the_driver_evicts():
 def test_forced_pressure_drives_all_out_first():
     log = walked(write_back=False, forced_pressure=True)
     assert log.startswith("all 3 out, in 0, in 1, wait 0, step 0")
+
+
+class FakeEvent:
+    """An event 2 ms after the one before it; over as soon as it is asked."""
+
+    clock = 0
+
+    def __init__(self, enable_timing=False):
+        self.at = None
+
+    def record(self, stream):
+        FakeEvent.clock += 2
+        self.at = FakeEvent.clock
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+class FakeStream:
+    def __init__(self, device=None):
+        self.cuda_stream, self.waited_for = 77, []
+
+    def record_event(self):
+        return FakeEvent()
+
+    def wait_event(self, event):
+        self.waited_for.append(event)
+
+    def wait_stream(self, stream):
+        self.waited_for.append(stream)
+
+    def synchronize(self):
+        self.waited_for.append("all")
+
+
+def test_a_pager_counts_what_it_moves_and_how_long_it_waits(monkeypatch):
+    """Three pages of 1,000 bytes, driven out, brought in, stepped, sent back, on fake streams."""
+    fake, main = FakeCuda(), FakeStream()
+    monkeypatch.setattr(paged, "cuda_runtime", lambda: Runtime(fake, 12))
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    counters = PagingCounters()
+    pager = Pager(torch.device("cuda", 0), counters)
+    pages = [torch.zeros(1000, dtype=torch.uint8) for _ in range(3)]
+    pager.drive_out(pages)
+    assert counters == PagingCounters(prefetched_out_bytes=3000)
+    for page in pages:
+        pager.wait_for(pager.bring_in(page))
+        pager.send_back(page)
+    assert counters == PagingCounters(0, 3000, 6000, pytest.approx(3 * 0.002))
+    assert len(main.waited_for) == 3  # the main stream waits for each arrival
+    to_gpu = [call for call in fake.calls if call[3] == 0]
+    to_host = [call for call in fake.calls if call[3] == HOST]
+    assert (len(to_gpu), len(to_host)) == (3, 6)
+    assert {call[4] for call in fake.calls} == {77}  # all moves are on the side stream
+
+
+@pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit])
+def test_the_metrics_carry_the_counters_once_something_is_managed(kind, monkeypatch):
+    optimizer = kind([nn.Parameter(torch.zeros(4))])
+    assert paging_line(optimizer) == {}
+    moved = PagingCounters(4096, 8192, 4096, 0.25)
+    monkeypatch.setattr(PagedMemory, "counters", lambda memory: moved)
+    assert paging_line(optimizer) == {
+        "managed_bytes": 4096,
+        "prefetched_in_bytes": 8192,
+        "prefetched_out_bytes": 4096,
+        "waited_seconds": 0.25,
+    }
+    assert paging_line(AdamW([nn.Parameter(torch.zeros(4))])) == {}
 
 
 def test_forced_pressure_changes_no_bit_on_ordinary_memory():

@@ -15,6 +15,8 @@ from lorax.errors import AdapterError
 # What PEFT adapts where target_modules is not given, by model type.
 DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 
+NITER = re.compile(r"pissa_niter_(\d{1,3})")  # PiSSA by a randomized SVD
+
 MAX_RANK = 2**16  # above any layer's width; a stranger's config may ask for anything
 
 # PEFT's further keys for LoRA (0.21.2) and their defaults. At its default a key changes nothing;
@@ -38,7 +40,6 @@ NOT_COVERED: dict[str, Any] = {
 # Fields of LoRAConfig whose feature is being built: refused at any other value.
 _NOT_BUILT: dict[str, Any] = {
     "bias": "none",
-    "loftq_config": {},
     "modules_to_save": None,
     "trainable_token_indices": None,
 }
@@ -70,15 +71,17 @@ class LoRAConfig:
     bias: which of the model's own biases are trained: "none", "lora_only" (of the adapted layers)
         or "all".
     lora_bias: B has a bias of its own, scaled as the path is; not on embeddings, not with DoRA.
-    init_lora_weights: True (A kaiming-uniform, B zero), "gaussian" (A ~ N(0, 1/r)), or False
-        (both random: the adapter changes the model from the start).
+    init_lora_weights: how A and B start, see initialize.py: True (A kaiming-uniform, B zero),
+        "gaussian" (A ~ N(0, 1/r)), False (both random: the adapter changes the model from the
+        start), "pissa", "pissa_niter_K", "olora" or "loftq".
     layers_to_transform: only these layers, by number; with target_modules as names only.
     layers_pattern: the word before the number, where the paths have several.
     rank_pattern, alpha_pattern: {path's end or expression: value} for single layers.
     use_dora: magnitude and direction trained apart (Liu et al., arXiv:2402.09353).
     modules_to_save: names of modules that are trained as a whole, in a copy.
     trainable_token_indices: rows of the embedding that are trained, for the embedding or by name.
-    loftq_config: {"loftq_bits": 4, "loftq_iter": N}, with init_lora_weights = "loftq".
+    loftq_config: {"loftq_bits": 4, "loftq_iter": N}, with init_lora_weights = "loftq"; lorax's
+        own key "loftq_format" takes "nf4" (PEFT's, the default) or "nf4-dq".
 
     Raises:
         AdapterError: a value that is impossible or not covered.
@@ -122,13 +125,18 @@ class LoRAConfig:
             if getattr(self, key) != rest:
                 value = getattr(self, key)
                 raise AdapterError(f"{key} = {value!r} is not covered by lorax; only {rest!r} is")
-        if self.init_lora_weights not in (True, False, "gaussian"):
+        how = self.init_lora_weights
+        if not (isinstance(how, bool) or how in ("gaussian", "loftq") or self.starts_inside):
             raise AdapterError(
-                f"init_lora_weights is {self.init_lora_weights!r}; "
-                "lorax covers true, false and 'gaussian'"
+                f"init_lora_weights is {how!r}; lorax covers true, false, "
+                "'gaussian', 'pissa', 'pissa_niter_K', 'olora' and 'loftq'"
             )
-        if self.use_dora and self.lora_bias:
-            raise AdapterError("use_dora and lora_bias: PEFT does not define the two together")
+        self._check_loftq()
+        if self.use_dora and (how == "loftq" or self.starts_inside):
+            raise AdapterError(f"use_dora with init_lora_weights = {how!r} is not covered by lorax")
+        if self.lora_bias and (self.use_dora or not isinstance(how, bool)):
+            other = "use_dora" if self.use_dora else f"init_lora_weights = {how!r}"
+            raise AdapterError(f"lora_bias and {other}: PEFT does not define the two together")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise AdapterError("layers_to_transform goes with target_modules as a list of names")
         self._compile_patterns()
@@ -152,6 +160,18 @@ class LoRAConfig:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise AdapterError(f"{where}: {key} = {value!r} is unknown{hint}")
         return cls(**{key: value for key, value in values.items() if key in known})
+
+    @property
+    def starts_inside(self) -> bool:
+        """Whether A and B start as components of the weight, which the base beside them lacks."""
+        how = self.init_lora_weights
+        return isinstance(how, str) and (how in ("pissa", "olora") or self.starts_at_random)
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether those components are drawn, so that base and config do not determine them."""
+        how = self.init_lora_weights
+        return isinstance(how, str) and NITER.fullmatch(how) is not None
 
     def rank(self, module_name: str) -> int:
         """The rank of the layer of that path."""
@@ -184,6 +204,24 @@ class LoRAConfig:
             for target in targets
             if not any(_matches(target if whole else [target], name) for name in names)
         ]
+
+    def _check_loftq(self) -> None:
+        """Fill in PEFT's defaults, refuse what is not covered."""
+        if self.init_lora_weights != "loftq":
+            if self.loftq_config:
+                raise AdapterError("loftq_config goes with init_lora_weights = 'loftq'")
+            return
+        config = {"loftq_bits": 4, "loftq_iter": 1, **self.loftq_config}
+        unknown = sorted(set(config) - {"loftq_bits", "loftq_iter", "loftq_format"})
+        if unknown:
+            raise AdapterError(f"loftq_config: {unknown} unknown; expected loftq_bits, loftq_iter")
+        if config["loftq_bits"] != 4:
+            raise AdapterError(f"loftq_bits is {config['loftq_bits']!r}; lorax covers 4 (NF4)")
+        _check_rank("loftq_iter", config["loftq_iter"])
+        if config.get("loftq_format", "nf4") not in ("nf4", "nf4-dq"):
+            found = config["loftq_format"]
+            raise AdapterError(f"loftq_format is {found!r}; expected 'nf4' or 'nf4-dq'")
+        object.__setattr__(self, "loftq_config", config)
 
     def _layers(self) -> list[int]:
         layers = self.layers_to_transform

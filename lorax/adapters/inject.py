@@ -13,6 +13,7 @@ from lorax.adapters.dora import DoRAEmbedding, DoRALinear
 from lorax.adapters.embedding import LoRAEmbedding
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
+from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
 from lorax.errors import AdapterError
 from lorax.models.gpt2 import GPT2
 from lorax.quant.linear import QuantizedLinear
@@ -30,25 +31,54 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> None:
     config = expand_targets(model, config)
     targets = _targets(model, config)
     _check_patterns(config, list(targets))
-    layers = {name: _layer(name, base, config) for name, base in targets.items()}
+    _check_start(model, targets, config)
+    layers = {name: _started_layer(name, base, config) for name, base in targets.items()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, layer in layers.items():
-        layer.initialize(config.init_lora_weights)
         replace_module(model, name, layer.train(model.training))
     model.adapter_config = config  # type: ignore[assignment]
 
 
 def _layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
     """The variant that the config asks for, around the module of that path."""
-    size = config.rank(name), config.scaling(name)
+    plain = base, config.rank(name), config.scaling(name)
     if isinstance(base, nn.Embedding):
         if config.lora_bias:
-            raise AdapterError(f"lora_bias: {name} is an Embedding; PEFT gives one no bias either")
-        return (DoRAEmbedding if config.use_dora else LoRAEmbedding)(base, *size)
+            raise AdapterError("lora_bias goes with Linears; this is an Embedding")
+        return (DoRAEmbedding if config.use_dora else LoRAEmbedding)(*plain)
+    linear = *plain, config.lora_dropout
+    if config.starts_inside:
+        return ResidualLoRALinear(*linear)
+    if config.init_lora_weights == "loftq":
+        times, format = config.loftq_config["loftq_iter"], config.loftq_config.get("loftq_format")
+        return LoftQLinear(*linear, iterations=times, format=format or "nf4")
     if config.use_dora:
-        return DoRALinear(base, *size, config.lora_dropout)
-    return LoRALinear(base, *size, config.lora_dropout, config.lora_bias)
+        return DoRALinear(*linear)
+    return LoRALinear(*linear, config.lora_bias)
+
+
+def _check_start(model: nn.Module, targets: dict[str, nn.Module], config: LoRAConfig) -> None:
+    """What cannot be started as asked, and could not be written as PEFT's file either."""
+    how = config.init_lora_weights
+    if not config.starts_inside and how != "loftq":
+        return
+    for name, module in targets.items():
+        if not _is_linear(module):
+            kind = type(module).__name__
+            raise AdapterError(f"{name} is a {kind}; init_lora_weights = {how!r} goes with Linears")
+    tied = model.config.tie_word_embeddings  # type: ignore[union-attr]
+    if how == "loftq" and "lm_head" in targets and tied:
+        raise AdapterError("lm_head is tied to the embedding; LoftQ cannot quantize one of them")
+
+
+def _started_layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
+    try:
+        layer = _layer(name, base, config)
+        layer.initialize(config.init_lora_weights)
+    except AdapterError as error:
+        raise AdapterError(f"{name}: {error}") from None
+    return layer
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -87,9 +117,14 @@ def disabled_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a quantized weight counts as many as it has values."""
+    """(trainable, all) parameters; a quantized weight counts as many as it has values.
+
+    LoftQ's quantized copies stand for parameters that are counted already.
+    """
     plain = list(model.parameters())
-    quantized = [m.quantized for m in model.modules() if isinstance(m, QuantizedLinear)]
+    copies = [m.quantized for m in model.modules() if isinstance(m, LoftQLinear)]
+    bases = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m not in copies]
+    quantized = [base.quantized for base in bases]
     everything = sum(p.numel() for p in plain) + sum(q.shape.numel() for q in quantized)
     return sum(p.numel() for p in plain if p.requires_grad), everything
 
@@ -122,6 +157,11 @@ def expand_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | QuantizedLinear)
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The modules that `add_adapter` would adapt, by their paths."""
+    return _targets(model, expand_targets(model, config))
 
 
 def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:

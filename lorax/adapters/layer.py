@@ -67,6 +67,10 @@ class AdapterLayer(nn.Module):
         assert isinstance(weight, Tensor)
         return weight.detach()
 
+    def stored_base(self) -> Tensor:
+        """What PEFT holds for the base: the same, unless the variant starts inside the weight."""
+        return self.base_weight()
+
     @property
     def device(self) -> torch.device:
         """Where the base lives."""

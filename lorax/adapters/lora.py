@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorax.adapters.initialize import fresh
 from lorax.adapters.layer import AdapterLayer
 from lorax.quant import ops
 from lorax.quant.linear import QuantizedLinear
@@ -59,25 +60,30 @@ class LoRALinear(AdapterLayer):
             self.lora_B_bias = nn.Parameter(torch.zeros(self.out_features, device=self.device))
 
     def initialize(self, how: bool | str) -> None:
-        """Draw A and B from torch's global generator; see `LoRAConfig.init_lora_weights`."""
+        """Draw A and B from torch's global generator; see initialize.py."""
+        fresh(self.lora_A, self.lora_B, how)
         if self.lora_B_bias is not None:
             bound = 1 / math.sqrt(self.r) if how is False else 0.0
             nn.init.uniform_(self.lora_B_bias, -bound, bound)
-        if how == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-            nn.init.zeros_(self.lora_B)
-            return
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if how is True:
-            nn.init.zeros_(self.lora_B)
-        else:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """What the path computes with: A (ranks, in) and B (out, ranks), float32."""
+        return self.lora_A, self.lora_B
+
+    @property
+    def frozen(self) -> nn.Module:
+        """What the path stands beside: the base, or what a variant computes with instead."""
+        return self.base_layer
+
+    def frozen_weight(self) -> Tensor:
+        """The dense weight of `frozen`, (out, in), in the base's dtype."""
+        return self.base_weight()
 
     def adapted(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if self._is_fused(x):
-            return self._with_bias(self._fused(x))
-        return self.path_onto(self.base_layer(x), self.dropped(x))
+            return self._with_bias(self._fused(x, *self.factors()))
+        return self.path_onto(self.frozen(x), self.dropped(x))
 
     def dropped(self, x: Tensor) -> Tensor:
         """What the path sees of x."""
@@ -85,8 +91,9 @@ class LoRALinear(AdapterLayer):
 
     def path_onto(self, y: Tensor, x: Tensor) -> Tensor:
         """y + the path of x: (..., out), (..., in) -> (..., out)."""
-        h = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
-        B = self.lora_B.to(x.dtype)
+        A, B = self.factors()
+        h = F.linear(x, A.to(x.dtype))  # (..., r)
+        B = B.to(x.dtype)
         path = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=self.scaling)
         return self._with_bias(path.view(y.shape))
 
@@ -102,15 +109,15 @@ class LoRALinear(AdapterLayer):
 
     def _is_fused(self, x: Tensor) -> bool:
         """Whether base and path are one operator: a four-bit base on CUDA, no dropout at work."""
-        base = self.base_layer
+        base = self.frozen
         return isinstance(base, QuantizedLinear) and base.has_kernels(x) and not self.drops
 
-    def _fused(self, x: Tensor) -> Tensor:
-        base = self.base_layer
+    def _fused(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        base = self.frozen
         assert isinstance(base, QuantizedLinear)
         assert isinstance(base.quantized, FourBitTensor)
         weight = base.quantized.operands()
-        return ops.lora_linear_4bit(x, self.lora_A, self.lora_B, self.scaling, base.bias, *weight)
+        return ops.lora_linear_4bit(x, A, B, self.scaling, base.bias, *weight)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """A and B, and B's bias."""
@@ -121,11 +128,12 @@ class LoRALinear(AdapterLayer):
 
     def delta(self) -> Tensor:
         """What the path adds to the weight: scaling * B A, (out, in) float32."""
-        return (self.lora_B.detach() @ self.lora_A.detach()).mul_(self.scaling)
+        A, B = self.factors()
+        return (B.detach() @ A.detach()).mul_(self.scaling)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W + scaling * B A, (out, in)."""
-        return self.base_weight().to(dtype) + self.delta().to(dtype)
+        return self.frozen_weight().to(dtype) + self.delta().to(dtype)
 
     def effective_bias(self) -> Tensor | None:
         """b0 + scaling * b, (out,) in the base's dtype; a base without a bias gains one."""

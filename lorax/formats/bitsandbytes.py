@@ -35,7 +35,7 @@ from lorax.formats.safetensors_files import TensorFiles
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.nf4 import QuantizedTensor
 
-FOUR_BIT_FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq")
+FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
 _COMPANION = re.compile(
     r"(?P<module>.+)\.(?P<part>weight\.(absmax|quant_map|nested_absmax|nested_quant_map"
     r"|quant_state\.bitsandbytes__\w+)|SCB|weight_format)"
@@ -171,7 +171,7 @@ def stored_format(linears: Mapping[str, nn.Module]) -> set[str]:
     """
     found = {name: m.quantized for name, m in linears.items() if isinstance(m, QuantizedLinear)}
     for name, weight in found.items():
-        if weight.format not in (*FOUR_BIT_FORMATS, "int8"):
+        if weight.format not in FORMATS:
             raise UsageError(f"{name} is quantized as {weight.format}, which bitsandbytes' "
                              "checkpoints do not have; expected nf4, fp4 or int8")  # fmt: skip
     formats = {weight.format for weight in found.values()}

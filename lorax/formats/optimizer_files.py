@@ -11,18 +11,41 @@ on bit for bit.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorax.errors import FormatError, UsageError
 from lorax.formats.json_files import parse_json
-from lorax.formats.safetensors_files import read_file, write_file
+from lorax.formats.safetensors_files import TensorFiles, read_file, write_file
 
 KEY = "lorax_optimizer"
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """What a file's header says of one tensor: whose it is, its name, dtype and shape."""
+
+    parameter: int
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def values(self) -> int:
+        """Its number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that they take."""
+        return self.values * self.dtype.itemsize
 
 
 def save_optimizer_state(state_dict: Mapping[str, Any], path: Path) -> None:
@@ -55,12 +78,45 @@ def load_optimizer_state(path: Path) -> dict[str, Any]:
     """
     groups = _groups(path)
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in read_file(path).items():
-        parts = name.split(".")
-        if len(parts) != 3 or parts[0] != "state" or not parts[1].isdecimal():
-            raise FormatError(f"{path}: tensor {name!r}; expected state.NUMBER.NAME")
-        state.setdefault(int(parts[1]), {})[parts[2]] = tensor
+    for key, tensor in read_file(path).items():
+        index, name = _split(key, path)
+        state.setdefault(index, {})[name] = tensor
     return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+
+def read_state_header(path: Path) -> list[StateTensor]:
+    """What tensors a state's file holds, in the parameters' order, without reading them.
+
+    Raises:
+        FormatError: as `load_optimizer_state`.
+    """
+    _groups(path)
+    files = TensorFiles([path])
+    found = []
+    for key in files.names:
+        index, name = _split(key, path)
+        found.append(StateTensor(index, name, files.dtype(key), files.shape(key)))
+    return sorted(found, key=lambda tensor: (tensor.parameter, tensor.name))
+
+
+def find_optimizer_state(directory: Path) -> Path | None:
+    """The optimizer's state among a directory's safetensors files; None where there is none."""
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                if KEY in (file.metadata() or {}):
+                    return path
+        except (SafetensorError, OSError, ValueError, RuntimeError):
+            continue
+    return None
+
+
+def _split(key: str, path: Path) -> tuple[int, str]:
+    """state.NUMBER.NAME as (NUMBER, NAME)."""
+    parts = key.split(".")
+    if len(parts) != 3 or parts[0] != "state" or not parts[1].isdecimal():
+        raise FormatError(f"{path}: tensor {key!r}; expected state.NUMBER.NAME")
+    return int(parts[1]), parts[2]
 
 
 def _groups(path: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ refused: PEFT loads such a file without a word, and the adapter then is not what
 
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from lorax.adapters.config import NOT_COVERED, LoRAConfig
+from lorax.adapters.convert import plain_form, plain_tensors, start_is_lost
 from lorax.adapters.inject import (
     adapter_config,
     adapter_layers,
     add_adapter,
+    find_targets,
     require_adapter,
 )
+from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import unload_adapter
+from lorax.adapters.started import ResidualLoRALinear
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import AdapterError, FormatError, UsageError
 from lorax.formats.directory import written_directory
@@ -34,6 +39,8 @@ from lorax.formats.json_files import read_json
 from lorax.formats.safetensors_files import FLOATS, read_file, write_file
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
+
+log = logging.getLogger("lorax")
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -136,6 +143,7 @@ def load_adapter(
         hint = "; adapter_model.bin is a pickle: save it again as safetensors" if pickled else ""
         raise FormatError(f"{directory}: no {TENSORS}{hint}")
     tensors = read_file(directory / TENSORS)
+    _check_start(model, config, str(directory / CONFIG))
     before = [parameter.requires_grad for parameter in model.parameters()]
     parameters = list(model.parameters())
     with torch.random.fork_rng(devices=[]):
@@ -153,23 +161,41 @@ def load_adapter(
     return config
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], plain: bool | None = None) -> None:
     """Write the model's adapter as a PEFT directory; files of the same names are replaced.
 
+    Args:
+        model: a model with an adapter.
+        path: the directory.
+        plain: for PiSSA and OLoRA, whether to write the difference to the base as a plain LoRA of
+            rank 2r, which any base of these weights takes; False writes PEFT's own form. By
+            default PEFT's, unless loading it would not give the same model: then the plain one,
+            and the log says why.
+
     Raises:
-        AdapterError: there is no adapter, or it is not finite.
+        AdapterError: there is no adapter, it is not finite, or it has not the form that was asked.
         EnvironmentProblem: the disk is full or refuses; what was there before is intact.
     """
-    tensors = adapter_tensors(model)
+    config, tensors = _in_form(model, plain)
+    config = dataclasses.replace(config, fan_in_fan_out=_fan_in_fan_out(model, config))
+    tensors |= _base_copies(model, config)
+    write_peft_directory(path, config, tensors, getattr(model, "name_or_path", "") or None)
+
+
+def write_peft_directory(
+    path: str | os.PathLike[str], config: LoRAConfig, tensors: dict[str, Tensor], base: str | None
+) -> None:
+    """Write tensors under PEFT's names, config and card; `base` is the base model's name.
+
+    Raises:
+        AdapterError, EnvironmentProblem: as `save_adapter`.
+    """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{name} is not finite; an adapter like that is not saved")
-    config = adapter_config(model)
-    base = getattr(model, "name_or_path", "") or None
-    tensors |= _base_copies(model, config)
     with written_directory(Path(path), replace=True) as directory:
         write_file(tensors, directory / TENSORS)
-        text = json.dumps(_peft_config(model, config, base), indent=2, sort_keys=False) + "\n"
+        text = json.dumps(_peft_config(config, base), indent=2, sort_keys=False) + "\n"
         (directory / CONFIG).write_text(text)
         card = _CARD.format(base=base or "unknown", r=config.r, alpha=config.lora_alpha)
         (directory / "README.md").write_text(card)
@@ -182,6 +208,40 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         for below, tensor in layer.tensors().items():
             tensors[f"{_PREFIX}{name}.{below}"] = tensor.detach()
     return tensors
+
+
+def _in_form(model: nn.Module, plain: bool | None) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The config and tensors to write: as they are, or as a plain LoRA."""
+    config, layers = adapter_config(model), require_adapter(model)
+    bases = {name: layer.base_layer for name, layer in layers.items()}
+    lost = start_is_lost(model, config, bases)
+    if plain is False and lost is not None:
+        raise AdapterError(f"{lost}: it can only be saved as a plain LoRA")
+    if plain is None and lost is not None:
+        log.warning("saving as a plain LoRA of rank 2r: %s", lost)
+        plain = True
+    if config.loftq_config.get("loftq_format", "nf4") != "nf4":
+        log.warning("PEFT knows no loftq_format and will quantize this base to plain NF4")
+    tensors = adapter_tensors(model)
+    if not plain or not (config.starts_inside or config.init_lora_weights == "loftq"):
+        return config, tensors
+    for name, layer in layers.items():
+        for below, tensor in plain_tensors(layer).items():
+            tensors[f"{_PREFIX}{name}.{below}"] = tensor
+    return plain_form(config), tensors
+
+
+def _check_start(model: nn.Module, config: LoRAConfig, where: str) -> None:
+    """Refuse a file that does not determine its residual, before anything is decomposed."""
+    if not config.starts_inside or adapter_layers(model):
+        return
+    lost = start_is_lost(model, config, find_targets(model, config))
+    if lost is not None:
+        raise AdapterError(
+            f"{where}: {lost}; save the adapter as a plain LoRA where it was trained "
+            "(lorax: save_adapter(plain=True), PEFT: save_pretrained("
+            "path_initial_model_for_weight_conversion=...)) and load that"
+        )
 
 
 def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str) -> None:
@@ -217,9 +277,12 @@ def _base_copies(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
         targets = [name.rpartition(".")[2] for name in layers]
     if config.trainable_token_indices or not any(name in targets for name in known):
         return {}
+    plain = config.init_lora_weights in (True, False, "gaussian")
     tables = (str(model.embedding_name).removesuffix(".weight"), "lm_head")
     return {
-        f"{_PREFIX}{name}.base_layer.weight": layers[name].base_weight().clone()
+        f"{_PREFIX}{name}.base_layer.weight": (
+            layers[name].base_weight() if plain else layers[name].stored_base()
+        ).clone()
         for name in tables
         if name in layers and isinstance(layers[name].base_layer, nn.Linear | nn.Embedding)
     }
@@ -237,8 +300,8 @@ def _without_base_copies(
         copy = rest.pop(f"{_PREFIX}{name}.base_layer.weight", None)
         if copy is None:
             continue
-        weight = layer.base_weight()
-        if copy.shape != weight.shape or not torch.equal(copy.to(weight), weight):
+        weight = layer.stored_base()
+        if copy.shape != weight.shape or not _is_same_base(layer, copy.to(weight), weight):
             raise AdapterError(
                 f"{where}: {name}.base_layer.weight differs from the model's; "
                 "the adapter was trained on another base"
@@ -246,14 +309,23 @@ def _without_base_copies(
     return rest
 
 
-def _peft_config(model: nn.Module, config: LoRAConfig, base: str | None) -> dict[str, Any]:
+def _is_same_base(layer: AdapterLayer, copy: Tensor, weight: Tensor) -> bool:
+    """Equal bits; where a decomposition lies between, equal up to rounding."""
+    if torch.equal(copy, weight):
+        return True
+    if not isinstance(layer, ResidualLoRALinear):
+        return False
+    size = layer.base_weight().abs().max()
+    return bool((copy - weight).abs().max() <= 8 * torch.finfo(weight.dtype).eps * size)
+
+
+def _peft_config(config: LoRAConfig, base: str | None) -> dict[str, Any]:
     """adapter_config.json's content, with the keys that PEFT writes, in its order."""
     values: dict[str, Any] = {
         **NOT_COVERED,
         **dataclasses.asdict(config),
         "auto_mapping": None,
         "base_model_name_or_path": base,
-        "fan_in_fan_out": _fan_in_fan_out(model, config),
         "inference_mode": True,
         "megatron_core": "megatron.core",
         "peft_type": config.peft_type,

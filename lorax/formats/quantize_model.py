@@ -40,7 +40,7 @@ from lorax.formats.safetensors_files import (
     by_module,
 )
 from lorax.models.gpt2 import GPT2
-from lorax.quant.nf4 import check_request, quantize
+from lorax.quant.formats import check_request, quantize
 from lorax.quant.tensor import QuantizedTensor
 
 # What lies beside a model and belongs to its tokenizer or its way of generating.
@@ -90,19 +90,20 @@ def quantize_model(
     output: str | os.PathLike[str],
     format: str = "nf4-dq",
     *,
-    block_size: int = 64,
+    block_size: int | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> QuantizedCopy:
-    """Write a model's 4-bit copy, which lorax and transformers + bitsandbytes open.
+    """Write a model's copy in 4 or 8 bits, which lorax and transformers + bitsandbytes open.
 
     Args:
         path: a model directory, a `.gguf` file or a Hub id; not quantized by bitsandbytes already.
         output: a directory; must be missing or empty. The tokenizer's files come along.
-        format: "nf4", "nf4-dq", "fp4" or "fp4-dq".
-        block_size: values that share a scale: a power of two from 32 to 4096.
+        format: "nf4", "nf4-dq", "fp4", "fp4-dq" or "int8" (LLM.int8).
+        block_size: values that share a scale: a power of two from 32 to 4096, by default 64; not
+            for "int8", whose scales belong to rows.
         dtype: what weights are cast to before they are quantized, and what the others are kept in.
         max_shard_bytes: the largest file to write, which is also what the memory is measured by.
         revision: branch, tag or commit on the Hub.
@@ -136,15 +137,15 @@ def quantize_model(
     return QuantizedCopy(str(output), counts.formats, _size(files), after, bits)
 
 
-def _check(output: Path, format: str, block_size: int, max_shard_bytes: int) -> None:
+def _check(output: Path, format: str, block_size: int | None, max_shard_bytes: int) -> None:
     try:
         check_request(format, block_size, "quantize")
     except QuantizationError as error:
         raise UsageError(str(error)) from None
-    if format not in bitsandbytes.FOUR_BIT_FORMATS:
+    if format not in bitsandbytes.FORMATS:
         raise UsageError(
             f"quantize: format {format!r} cannot be written in bitsandbytes' layout; "
-            f"expected one of {bitsandbytes.FOUR_BIT_FORMATS}"
+            f"expected one of {bitsandbytes.FORMATS}"
         )
     if max_shard_bytes < 1:
         raise UsageError(f"quantize: max_shard_bytes {max_shard_bytes}; expected at least 1")
@@ -169,7 +170,7 @@ class _Counts:
 def _quantized(
     files: ModelFiles,
     format: str,
-    block_size: int,
+    block_size: int | None,
     dtype: torch.dtype,
     counts: _Counts,
     progress: Progress | None,
@@ -192,7 +193,12 @@ def _quantized(
 
 
 def _converted(
-    files: ModelFiles, mine: str, tensor: Tensor, format: str, block_size: int, counts: _Counts
+    files: ModelFiles,
+    mine: str,
+    tensor: Tensor,
+    format: str,
+    block_size: int | None,
+    counts: _Counts,
 ) -> dict[str, Tensor]:
     path, _, parameter = mine.rpartition(".")
     module = files.model.get_submodule(path)

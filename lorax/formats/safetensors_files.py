@@ -67,6 +67,11 @@ class TensorFiles:
             raise FormatError(f"{self.home[name]}: tensor {name} has the unknown dtype {kind}")
         return _DTYPES[kind]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading it."""
+        with safe_open(self.home[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
 
 def open_checkpoint(directory: Path) -> TensorFiles:
     """Open a model directory's `model.safetensors`, or the shards that its index names.

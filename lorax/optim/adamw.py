@@ -7,23 +7,26 @@
 
 These are the operations of `torch.optim.AdamW(foreach=False)` in its order, so in float32 the
 parameters and both moments agree with it bit for bit, step after step. torch's fused AdamW rounds
-elsewhere and does not.
+elsewhere and does not. On CUDA a Triton kernel takes the step, with the bits of a CPU's: `fused.py`
+says which bits, and how to choose.
 
 A parameter costs 8 bytes of state. 16-bit parameters get float32 moments; their step is computed in
 float32 and rounded once. How the moments lie in memory is told in `flat.py`; `adamw_` is all that
-is done to them, on flat tensors, so that a kernel with the same signature can take its place.
+is done to them, on flat tensors.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorax.errors import UsageError
+from lorax.kernels.hyper import AdamWStep
 from lorax.optim.flat import (
     ALIGNMENT,
     Hyperparameters,
@@ -37,6 +40,7 @@ from lorax.optim.flat import (
     round_up,
     state_dtype,
 )
+from lorax.optim.fused import Launches, takes_kernel
 from lorax.optim.memory import Memory, OrdinaryMemory
 
 State = dict[str, Any]
@@ -64,6 +68,7 @@ class FloatMoments(Moments):
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
+        self.kind = (FloatMoments, dtype)
 
     def nbytes(self, elements: int) -> int:
         """See `Moments`."""
@@ -92,13 +97,26 @@ class FloatMoments(Moments):
         stop = start + p.numel()
         adamw_(p, g, self.exp_avg[start:stop], self.exp_avg_sq[start:stop], hyper)
 
+    def launch(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        steps: Sequence[AdamWStep],
+    ) -> None:
+        """See `Moments`."""
+        kernels = import_module("lorax.kernels.adamw")  # needs triton
+        columns = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        kernels.adamw(params, grads, *columns, steps)
+
 
 class AdamW(torch.optim.Optimizer):
     """AdamW with torch's signature and state_dict: step, exp_avg, exp_avg_sq.
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as for `torch.optim.AdamW`.
-        foreach, fused: taken because torch has them; there is one implementation here.
+        fused: False keeps to PyTorch's operations on CUDA too: see `fused.py`.
+        foreach: taken because torch has it; it changes nothing here.
         amsgrad, capturable, differentiable: refused where True.
         memory: where the states live; ordinary memory by default.
 
@@ -170,8 +188,16 @@ class AdamW(torch.optim.Optimizer):
         ]
         if new:
             self._install(self._build(new))
+        launches = Launches()
         for page in self.memory.walk(self._pages):
-            page.step(self.param_groups[page.group])
+            group = self.param_groups[page.group]
+            if not takes_kernel(page, group):
+                page.step(group)
+                continue
+            launches.add(page, group)
+            if self.memory.one_by_one:
+                launches.start()
+        launches.start()
         return loss
 
     def state_bytes(self) -> int:
@@ -272,9 +298,8 @@ class AdamW(torch.optim.Optimizer):
         pages = []
         for key, bundle in bundles.items():
             group, _, device, _ = key
-            scratch = self._scratch.of(state_dtype(bundle[0]), device)
             for some in fill_pages(bundle, page_elements(device), kinds[key].align):
-                pages.append(Page(some, group, copy.copy(kinds[key]), scratch))
+                pages.append(Page(some, group, copy.copy(kinds[key]), self._scratch))
         self._allocate(pages)
         return pages
 

@@ -30,18 +30,21 @@ parameters see the moments before they are rounded.
 bitsandbytes rounds to the nearest in both cases. Measured on a CPU, its table happens to spare it
 the first, and it takes the 12 learning rates of the second.
 
-Tensors with fewer than `min_8bit_size` elements keep float32 moments.
+Tensors with fewer than `min_8bit_size` elements keep float32 moments. On CUDA one Triton kernel
+does all of this, with the same codes (`fused.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorax.errors import UsageError
+from lorax.kernels.hyper import OUTGROWN, AdamWStep
 from lorax.optim.adamw import AdamW, FloatMoments, adamw_
 from lorax.optim.flat import ALIGNMENT, Hyperparameters, Moments, carve, round_up, state_dtype
 from lorax.quant.blockwise import (
@@ -54,7 +57,6 @@ from lorax.quant.codebooks import dynamic_map
 from lorax.quant.nearest import NearestTable, nearest_table
 
 SIGNED_ZERO = 127  # the signed map's code of 0; the unsigned map's is 0
-OUTGROWN = 16.0  # g^2 beyond this many times v (bias-corrected) rounds v up: |g| over 4 sqrt(v)
 
 
 def adamw_8bit_(
@@ -100,6 +102,7 @@ class CodedMoments(Moments):
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.align = block_size
+        self.kind = (CodedMoments, block_size)
 
     def nbytes(self, elements: int) -> int:
         """See `Moments`."""
@@ -152,6 +155,22 @@ class CodedMoments(Moments):
             self.block_size,
             hyper,
         )
+
+    def launch(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        steps: Sequence[AdamWStep],
+    ) -> None:
+        """See `Moments`."""
+        if not params:
+            return
+        kernels = import_module("lorax.kernels.adamw")  # needs triton
+        names = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
+        columns = [[state[name] for state in states] for name in names]
+        maps = [table.values for table in tables(params[0].device)]
+        kernels.adamw_8bit(params, grads, *columns, steps, *maps, self.block_size)
 
 
 class AdamW8bit(AdamW):

@@ -16,6 +16,8 @@ A page holds parameters of one group, dtype and device. A tensor larger than a p
 itself and passes through the scratch in tiles. Where some parameters have no gradient, or have
 taken fewer steps than others, those of the page are stepped one by one. Element-wise arithmetic
 does not depend on where an element stands, so none of this changes a bit (tests hold it).
+
+That is how PyTorch steps a page. A kernel needs no scratch: `fused.py`.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorax.errors import UsageError
+from lorax.kernels.hyper import AdamWStep
 
 PAGE_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}  # measured on a CPU: 2^16 10.0 ms, 2^18 8.6, 2^19 8.1
 ALIGNMENT = 256  # bytes, for each buffer of a page
@@ -64,10 +68,12 @@ class Hyperparameters:
 class Moments(ABC):
     """Adam's two moments of a page's elements, in some number format.
 
-    `align` is what each parameter's first element is a multiple of.
+    `align` is what each parameter's first element is a multiple of; moments of equal `kind` may be
+    stepped in one launch.
     """
 
     align: int
+    kind: tuple[Any, ...]
 
     @abstractmethod
     def nbytes(self, elements: int) -> int:
@@ -89,11 +95,22 @@ class Moments(ABC):
     def step_(self, p: Tensor, g: Tensor, start: int, hyper: Hyperparameters) -> None:
         """One AdamW step, in place: p and g are (n,), for elements start ... start + n."""
 
+    @abstractmethod
+    def launch(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        steps: Sequence[AdamWStep],
+    ) -> None:
+        """The same for whole parameters with what `state` gave for each, by a Triton kernel."""
+
 
 class Scratch:
     """Two flat buffers for each dtype and device, through which pages pass.
 
-    An optimizer keeps them: 2 MiB on a CPU, 32 MiB on a GPU, in float32.
+    An optimizer keeps them once PyTorch has stepped a page: 2 MiB on a CPU, 32 MiB on a GPU, in
+    float32.
     """
 
     def __init__(self) -> None:
@@ -114,11 +131,11 @@ class Page:
         parameters: of one dtype and device.
         group: the index of their parameter group.
         moments: in which numbers the moments are kept.
-        scratch: (2, page elements) of `state_dtype(parameters)`.
+        scratch: through which PyTorch steps them.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], group: int, moments: Moments, scratch: Tensor
+        self, parameters: Sequence[nn.Parameter], group: int, moments: Moments, scratch: Scratch
     ):
         self.parameters = list(parameters)
         self.group = group
@@ -129,28 +146,35 @@ class Page:
             self.starts.append(self.starts[-1] + round_up(p.numel(), moments.align))
         self.elements = self.starts[-1]
         self.nbytes = moments.nbytes(self.elements)
-        self._scratch = scratch
-        self._alone = self.elements > scratch.shape[1]
-        if not self._alone:
-            self._p_views, self._g_views = self._views(scratch[0]), self._views(scratch[1])
-            self._gaps = self._gap_views(scratch[1])
+        self._buffers = scratch
+        self._alone = self.elements > page_elements(self.parameters[0].device)
 
     def bind(self, memory: Tensor) -> None:
         """Give the page its memory, (nbytes,) uint8, zeroed."""
         self.memory = memory
         self.moments.bind(memory, self.elements)
+        self._states = [
+            {"step": step, **self.moments.state(start, p.shape)}
+            for step, start, p in zip(self.steps, self.starts, self.parameters, strict=False)
+        ]
 
     def state(self, index: int) -> dict[str, Tensor]:
         """The state of a parameter, by torch's names: views into the page."""
-        shape = self.parameters[index].shape
-        return {"step": self.steps[index], **self.moments.state(self.starts[index], shape)}
+        return dict(self._states[index])
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """exp_avg and exp_avg_sq of a parameter, as floats."""
         return self.moments.read(self.starts[index], self.parameters[index].shape)
 
+    def advance(self) -> list[tuple[int, int]]:
+        """Count a step for every parameter with a gradient: its index, and which step it is."""
+        ready = torch.tensor([p.grad is not None for p in self.parameters])
+        self.steps += ready
+        pairs = enumerate(zip(ready.tolist(), self.steps.tolist(), strict=True))
+        return [(index, int(step)) for index, (there, step) in pairs if there]
+
     def step(self, group: Mapping[str, Any]) -> None:
-        """Step every parameter of the page that has a gradient."""
+        """Step every parameter of the page that has a gradient, in PyTorch."""
         for first, last in self._runs():
             self.steps[first:last] += 1
             hyper = Hyperparameters.of(group, int(self.steps[first]))
@@ -195,15 +219,31 @@ class Page:
         if not parameter.is_contiguous():
             parameter.copy_(flat.view(parameter.shape))
 
-    def _views(self, buffer: Tensor) -> list[Tensor]:
-        starts = zip(self.starts, self.parameters, strict=False)
-        return [buffer[start : start + p.numel()].view(p.shape) for start, p in starts]
+    @cached_property
+    def _scratch(self) -> Tensor:
+        """(2, page elements) of `state_dtype`: the row for parameters, and that for gradients."""
+        first = self.parameters[0]
+        return self._buffers.of(state_dtype(first), first.device)
 
-    def _gap_views(self, buffer: Tensor) -> list[Tensor]:
+    @cached_property
+    def _p_views(self) -> list[Tensor]:
+        return self._views(self._scratch[0])
+
+    @cached_property
+    def _g_views(self) -> list[Tensor]:
+        return self._views(self._scratch[1])
+
+    @cached_property
+    def _gaps(self) -> list[Tensor]:
         """What alignment leaves between the parameters: must be zero, or blocks would see it."""
+        buffer = self._scratch[1]
         ends = [start + p.numel() for start, p in zip(self.starts, self.parameters, strict=False)]
         pairs = zip(ends, self.starts[1:], strict=True)
         return [buffer[end:start] for end, start in pairs if end < start]
+
+    def _views(self, buffer: Tensor) -> list[Tensor]:
+        starts = zip(self.starts, self.parameters, strict=False)
+        return [buffer[start : start + p.numel()].view(p.shape) for start, p in starts]
 
 
 def page_elements(device: torch.device) -> int:

@@ -12,7 +12,12 @@ from lorax.optim.flat import Page
 
 
 class Memory(ABC):
-    """Gives out memory, and knows what must happen before and after a page is stepped."""
+    """Gives out memory, and knows what must happen before and after a page is stepped.
+
+    `one_by_one`: a page must have been stepped before `walk` is asked for the next one.
+    """
+
+    one_by_one = False
 
     @abstractmethod
     def allocate(self, nbytes: int, device: torch.device) -> Tensor:

@@ -58,6 +58,8 @@ class PagedMemory(Memory):
         forced_pressure: send all pages to the host before each step, and wait.
     """
 
+    one_by_one = True
+
     def __init__(self, write_back: bool = True, forced_pressure: bool = False):
         self.write_back = write_back
         self.forced_pressure = forced_pressure

@@ -100,11 +100,15 @@ def _row_errors(
     piece = math.gcd(columns, block_size)  # such a piece never crosses a row or a block
     step = max(2, CHUNK_ELEMENTS // columns // 2 * 2)
     errors = [torch.empty(rows, device=weight.device) for _ in scales]
+    buffer = torch.empty(min(step, rows) * columns // piece, piece, device=weight.device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         x = weight[start:stop].float().view(-1, piece)
         c = values(start * columns, stop * columns).view(-1, piece)
-        cc, cx, xx = ((p * q).sum(1) for p, q in ((c, c), (c, x), (x, x)))
+        products = buffer[: len(c)]
+        cx = torch.mul(c, x, out=products).sum(1)
+        xx = torch.mul(x, x, out=products).sum(1)
+        cc = c.square_().sum(1)
         first = start * columns // piece
         block = torch.arange(first, first + len(cc), device=weight.device) * piece // block_size
         size = xx.view(stop - start, -1).sum(1)

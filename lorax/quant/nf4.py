@@ -50,6 +50,7 @@ from lorax.quant.double import (
     quantize_scales,
     say_fallback,
 )
+from lorax.quant.nearest import look_up
 from lorax.quant.tensor import QuantizedTensor, check_source
 
 FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq")
@@ -105,7 +106,7 @@ class FourBitTensor(QuantizedTensor):
     def code_values(self, start: int, stop: int) -> Tensor:
         """The codebook's values for the flat range [start, stop), float32; start must be even."""
         table = _pair_table(self.quant_type, self.device)
-        pairs = table.index_select(0, self.packed[start // 2 : (stop + 1) // 2].int())
+        pairs = look_up(table, self.packed[start // 2 : (stop + 1) // 2])
         return pairs.view(torch.float32)[: stop - start]
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
@@ -218,7 +219,8 @@ def _quantize_packed(flat: Tensor, quant_type: str, block_size: int) -> tuple[Te
         absmax[start // block_size : number_of_blocks(stop, block_size)] = scales
         if n % 2 and stop == n:  # the last byte's low nibble: the code of zero, as bitsandbytes
             codes = torch.cat([codes, codes.new_tensor([code.tolist().index(0.0)])])
-        torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=packed[start // 2 : (stop + 1) // 2])
+        pairs = codes.view(torch.int16)  # little-endian: the second code is the upper byte
+        packed[start // 2 : (stop + 1) // 2] = (pairs << 4).bitwise_or_(pairs >> 8)
     return packed, absmax
 
 

@@ -336,7 +336,7 @@ def adamw_(
 ) -> None:
     """One AdamW step for all tensors, in place; on CUDA in one launch.
 
-    steps: the seven numbers of lorax.kernels.hyper.AdamWStep, tensor after tensor.
+    steps: the eight numbers of lorax.kernels.hyper.AdamWStep, tensor after tensor.
     """
     if params:
         numbers = _steps(steps, len(params))
@@ -357,13 +357,14 @@ def adamw_8bit_(
     steps: Sequence[float],
     signed_map: Tensor,
     unsigned_map: Tensor,
+    block_size: int = 256,
 ) -> None:
     """The same with 8-bit states; see lorax.kernels.adamw."""
     if params:
         numbers = _steps(steps, len(params))
         states = (m_codes, m_absmaxes, v_codes, v_absmaxes)
         _module("adamw", params[0]).adamw_8bit(
-            params, grads, *states, numbers, signed_map, unsigned_map
+            params, grads, *states, numbers, signed_map, unsigned_map, block_size
         )
 
 

@@ -131,7 +131,9 @@ def check_source(weight: Tensor, name: str, nonfinite: str = "raise") -> bool:
             "expected float32, float16 or bfloat16"
         )
     # A sum is finite only if all its terms are; it can overflow without them, so look again then.
-    if weight.numel() == 0 or torch.isfinite(weight.sum(dtype=torch.float32)):
+    # (bfloat16 is summed in float32 anyway; asking for that dtype makes a float32 copy first.)
+    wide = torch.float32 if weight.dtype == torch.float16 else None
+    if weight.numel() == 0 or torch.isfinite(weight.sum(dtype=wide)):
         return True
     bad = (~torch.isfinite(weight)).nonzero()
     if len(bad) == 0:

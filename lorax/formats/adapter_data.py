@@ -1,0 +1,119 @@
+"""An adapter's directory as data to calculate with, and back: `lorax.adapters.algebra.Adapter`.
+
+No base model is needed, so only a LoRA that is a low-rank matrix by itself can be read: what takes
+its start out of the base (PiSSA, OLoRA), quantizes it (LoftQ) or scales it (DoRA) is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorax.adapters.algebra import Adapter, LowRank, check_low_rank
+from lorax.adapters.config import LoRAConfig
+from lorax.errors import AdapterError, FormatError, UsageError
+from lorax.formats.peft import (
+    _PREFIX,
+    CONFIG,
+    TENSORS,
+    read_adapter_config,
+    write_peft_directory,
+)
+from lorax.formats.safetensors_files import FLOATS, read_file
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read a PEFT LoRA directory as data.
+
+    Raises:
+        FormatError: the directory is incomplete or damaged.
+        AdapterError: the adapter is more than a low-rank matrix beside the weight, or its tensors
+            do not fit its config.
+    """
+    directory = Path(path)
+    config, base = read_adapter_config(directory)
+    _check_by_itself(config, str(directory / CONFIG))
+    file = directory / TENSORS
+    if not file.is_file():
+        raise FormatError(f"{directory}: no {TENSORS}")
+    tensors = read_file(file)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS or tensor.dim() != 2:
+            kind = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise AdapterError(f"{file}: {name} is {kind}; expected a matrix, floating")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{file}: {name} is not finite")
+    modules = {_module(name, str(file)) for name in tensors}
+    names = sorted(name for name in modules if name is not None)
+    layers = {name: _layer(name, tensors, config, str(file)) for name in names}
+    if not layers:
+        raise AdapterError(f"{file}: no lora_A and lora_B in it")
+    return Adapter(layers, base, config)
+
+
+def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Write an adapter as a PEFT directory; files of the same names are replaced.
+
+    Raises:
+        AdapterError: a tensor is not finite.
+        EnvironmentProblem: the disk is full or refuses; what was there before is intact.
+    """
+    tensors = {}
+    for name, layer in adapter.layers.items():
+        tensors[_PREFIX + name + _A] = layer.A.float().contiguous()
+        tensors[_PREFIX + name + _B] = layer.B.float().contiguous()
+    write_peft_directory(path, adapter.plain_config(), tensors, adapter.base)
+
+
+def weighted_sum(paths: Sequence[str | os.PathLike[str]], weights: Sequence[float]) -> Adapter:
+    """The sum of adapters' directories, each times its weight (1 where none are given); exact.
+
+    Raises:
+        UsageError: no directory, or not as many weights as directories.
+        AdapterError, FormatError: as `read_adapter`; or shapes that do not fit.
+    """
+    weights = list(weights) or [1.0] * len(paths)
+    if not paths or len(weights) != len(paths):
+        raise UsageError(f"{len(paths)} adapters and {len(weights)} weights; expected one for each")
+    first, *others = (
+        weight * read_adapter(path) for path, weight in zip(paths, weights, strict=True)
+    )
+    return sum(others, first)
+
+
+def _check_by_itself(config: LoRAConfig, where: str) -> None:
+    check_low_rank(config, where)
+    if config.starts_inside or config.init_lora_weights == "loftq":
+        raise AdapterError(
+            f"{where}: init_lora_weights = {config.init_lora_weights!r}, so what it adds depends "
+            "on its base; load it there and save_adapter(plain=True), or take Adapter.of(model)"
+        )
+
+
+def _module(name: str, where: str) -> str | None:
+    """The path of the module that a tensor belongs to; None for a copy of the base's weight."""
+    path = name.removeprefix(_PREFIX)
+    for end in (_A, _B):
+        if path != name and path.endswith(end):
+            return path.removesuffix(end)
+    if path.endswith(".base_layer.weight"):
+        return None
+    raise AdapterError(f"{where}: {name} is no lora_A or lora_B of a Linear")
+
+
+def _layer(name: str, tensors: dict[str, Tensor], config: LoRAConfig, where: str) -> LowRank:
+    A, B = (tensors.get(_PREFIX + name + end) for end in (_A, _B))
+    if A is None or B is None:
+        raise AdapterError(f"{where}: {name} has only one of lora_A and lora_B")
+    if A.shape[0] != B.shape[1] or A.shape[0] != config.rank(name):
+        raise AdapterError(
+            f"{where}: {name} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}; "
+            f"expected rank {config.rank(name)}"
+        )
+    return LowRank(A, B, config.scaling(name))

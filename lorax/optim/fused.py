@@ -1,0 +1,110 @@
+"""Many tensors in one launch: lorax.kernels.adamw behind the optimizers.
+
+    on a CPU     PyTorch, page by page through two flat buffers (`flat.py`)
+    on CUDA      a Triton kernel, which finds parameters, gradients and moments by their addresses:
+                 ordinary memory  one launch for all tensors of a dtype and kind of moments
+                 paged memory     one launch a page, while the next page is on its way
+
+`lorax.quant.ops.backend` and LORAX_KERNELS force either; a group's `fused=False` keeps to PyTorch.
+The moments lie in the same pages either way, under the same names, so a run may change sides.
+
+**Which bits.** The kernel rounds where `adamw_` rounds on a CPU: the moments are bit-equal to it,
+in float32 and in 8 bits (codes and scales). The parameters part by an ulp of single steps, because
+the square root of torch's CPU build (MKL) is an ulp off for a fifth of all numbers, where the
+kernel's is rounded right; with a right root there, all bits are equal (tests hold both).
+
+torch's own CUDA operations round elsewhere again. Only they can be bit-equal to
+`torch.optim.AdamW(foreach=False)` on the same GPU: `fused=False` runs them, in its order. It is not
+the default, because it takes some ten launches a page and three copies where the kernel takes one
+launch and none, for bits that no other machine has either.
+
+float64 parameters, and gradients of another dtype than their parameter's, stay with PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorax.kernels.hyper import AdamWStep
+from lorax.optim.flat import Hyperparameters, Moments, Page
+from lorax.quant.ops import uses_triton
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def takes_kernel(page: Page, group: Mapping[str, Any]) -> bool:
+    """Whether a page is stepped by the Triton kernel; see above."""
+    first = page.parameters[0]
+    return (
+        group["fused"] is not False
+        and first.dtype in KERNEL_DTYPES
+        and uses_triton(first)
+        and all(p.grad is None or p.grad.dtype == p.dtype for p in page.parameters)
+    )
+
+
+@dataclass
+class Batch:
+    """What one launch will step: entry i of each list belongs to one parameter."""
+
+    moments: Moments
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+    steps: list[AdamWStep] = field(default_factory=list)
+
+
+class Launches:
+    """Gathers pages, and steps what they hold in as few launches as can be."""
+
+    def __init__(self) -> None:
+        self._batches: dict[Any, Batch] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, page: Page, group: Mapping[str, Any]) -> None:
+        """Put a page's parameters with a gradient down for the next launch."""
+        first = page.parameters[0]
+        key = (page.moments.kind, first.dtype, first.device)
+        batch = self._batches.setdefault(key, Batch(page.moments))
+        numbers: dict[int, AdamWStep] = {}  # most parameters have taken the same number of steps
+        for index, step in page.advance():
+            if step not in numbers:
+                numbers[step] = kernel_step(Hyperparameters.of(group, step))
+            batch.steps.append(numbers[step])
+            batch.params.append(self._contiguous(page.parameters[index]))
+            batch.grads.append(_gradient(page.parameters[index], bool(group["maximize"])))
+            batch.states.append(page.state(index))
+
+    def start(self) -> None:
+        """Step everything that was put down."""
+        for batch in self._batches.values():
+            batch.moments.launch(batch.params, batch.grads, batch.states, batch.steps)
+        for parameter, copy in self._copies:
+            parameter.copy_(copy)
+        self._batches.clear()
+        self._copies.clear()
+
+    def _contiguous(self, parameter: Tensor) -> Tensor:
+        """The parameter, or a contiguous copy that is written back after the launch."""
+        if parameter.is_contiguous():
+            return parameter
+        self._copies.append((parameter, parameter.contiguous()))
+        return self._copies[-1][1]
+
+
+def kernel_step(hyper: Hyperparameters) -> AdamWStep:
+    """A step's numbers as the kernel multiplies with them."""
+    return AdamWStep.at(
+        hyper.step, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay
+    )
+
+
+def _gradient(parameter: Tensor, maximize: bool) -> Tensor:
+    assert parameter.grad is not None
+    gradient = parameter.grad.contiguous()
+    return -gradient if maximize else gradient
