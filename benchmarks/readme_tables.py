@@ -84,6 +84,40 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %" if share >= 1e-4 else f"{100 * share:.1e} %"
 
 
+def variants() -> str:
+    """DoRA's step over LoRA's, and every variant; what was not measured or is missing says so."""
+    path = RESULTS / "variants-cpu.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    lines = [
+        "| base | DoRA's step over LoRA's: lorax | PEFT | lorax's DoRA | PEFT's |",
+        "|---|---|---|---|---|",
+    ]
+    for base, r in found.get("dora", {}).items():
+        ours, theirs = (r["sides"][f"{who} dora"]["seconds"] for who in ("lorax", "peft"))
+        lines.append(
+            f"| {base} | {r['lorax_dora_over_lora']:.2f} | {r['peft_dora_over_lora']:.2f} | "
+            f"{ours:.2f} s | {theirs:.2f} s |"
+        )
+    training = found.get("training", {})
+    if not training:
+        return "\n".join([*lines, "", "The variants' training has not been measured yet."])
+    lines += [
+        "",
+        "| variant | a step, of LoRA's | memory | trained parameters | rate | held-out loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, v in training.items():
+        if "missing" in v:
+            lines.append(f"| {name} | not in this version | | | | |")
+            continue
+        lines.append(
+            f"| {name} | {v['over_lora']:.2f} | {v['peak_bytes'] / 1e9:.2f} GB | "
+            f"{v['trainable']:,} | {v['learning_rate']:g} | "
+            f"{v['eval_loss_before']:.3f} → {v['eval_loss']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def gpu() -> str:
     return gpu_suite.table(RESULTS)
 
@@ -93,6 +127,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantization": quantization,
     "codebooks": codebooks,
     "merging": merging,
+    "variants": variants,
     "gpu": gpu,
 }
 

@@ -129,9 +129,8 @@ def test_bytes_and_config_survive_the_round_trip(case, tmp_path):
     lorax.save_adapter(mine, tmp_path / "mine")
     one = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     two = load_file(tmp_path / "mine" / "adapter_model.safetensors")
-    if case == "head":  # PEFT puts a copy of the base's own weight beside an adapted head
-        assert torch.equal(one[HEAD_COPY], base.lm_head.weight)
-        one = {name: t for name, t in one.items() if "lora_" in name}
+    # PEFT puts a copy of the base's own weight beside an adapted head.
+    assert (HEAD_COPY in one) == (case == "head")
     assert set(one) == set(two)
     for name in one:
         assert one[name].dtype == two[name].dtype
@@ -228,7 +227,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(fault, adapter):
 @pytest.mark.parametrize(
     ("change", "error", "word"),
     [
-        ({"use_dora": True}, AdapterError, "use_dora"),
+        ({"use_dora": True}, AdapterError, "lora_magnitude_vector"),
         ({"peft_type": "LOHA"}, AdapterError, "LOHA"),
         ({"peft_type": "ADALORA"}, AdapterError, "total_step"),
         ({"bias": "some"}, AdapterError, "bias"),

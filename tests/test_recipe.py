@@ -151,7 +151,7 @@ def test_a_feature_that_is_left_out_is_refused_by_name(key, value, feature):
     assert feature in message
 
 
-@pytest.mark.parametrize("key", ["use_dora", "loftq_config", "lora_bias"])
+@pytest.mark.parametrize("key", ["modules_to_save", "loftq_config"])
 def test_a_lora_option_that_is_left_out_is_refused_by_name(key):
     assert key in refused(**{f"adapter.{key}": True})
 

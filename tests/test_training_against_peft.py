@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import gpt2, llama, peft_model, tokens
-from peft import LoraConfig, get_peft_model
+from oracles import gpt2, llama, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from peft_pairs import in_peft, plain_name
 from transformers import AutoModelForCausalLM
 
 import lorax
+from lorax.optim.lora_plus import lora_plus_groups
 from lorax.training.loss import summed_loss
 
 STEPS = 20
@@ -27,25 +30,29 @@ def batches(vocabulary):
     return made
 
 
-def optimizer_for(model):
+RATIO = 16  # LoRA+
+
+
+def optimizer_for(model, plus=False):
     # eps 1e-5: with 1e-8 a gradient of rounding noise is blown up to a full step, and two
     # implementations that differ by one bit part ways.
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-3, eps=1e-5, weight_decay=0.01)
+    if not plus:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=1e-3, eps=1e-5, weight_decay=0.01)
+    if isinstance(model, PeftModel):
+        rates = {"lr": 1e-3, "loraplus_lr_ratio": RATIO, "loraplus_weight_decay": 0.01}
+        return create_loraplus_optimizer(model, torch.optim.AdamW, **rates, eps=1e-5)
+    groups = lora_plus_groups(model, 1e-3, RATIO, weight_decay=0.01)
+    return torch.optim.AdamW(groups, eps=1e-5)
 
 
 def adapter_tensors(model):
-    prefix = "base_model.model."
-    return {
-        n.removeprefix(prefix).replace(".default.weight", ""): p.detach().clone()
-        for n, p in model.named_parameters()
-        if "lora_" in n
-    }
+    return {plain_name(n): p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
 
 
-def train_theirs(model):
+def train_theirs(model, plus):
     """PEFT on transformers, the loss as transformers defines it: the mean over trained tokens."""
-    optimizer, losses = optimizer_for(model), []
+    optimizer, losses = optimizer_for(model, plus), []
     model.train()
     for ids, labels in batches(model.config.vocab_size):
         logits = model(ids).logits[:, :-1].flatten(0, 1)
@@ -57,9 +64,9 @@ def train_theirs(model):
     return losses, adapter_tensors(model)
 
 
-def train_ours(model):
+def train_ours(model, plus):
     """lorax: two micro-batches of a step, each weighted by its share of the step's tokens."""
-    optimizer, losses = optimizer_for(model), []
+    optimizer, losses = optimizer_for(model, plus), []
     model.train()
     for ids, labels in batches(model.config.vocab_size):
         count = (labels[:, 1:] != -100).sum()
@@ -82,6 +89,13 @@ CASES = {
     "llama lora": (llama, {"target_modules": "all-linear", "r": 4}),
     "llama rslora": (llama, {"target_modules": ["q_proj", "v_proj"], "use_rslora": True}),
     "gpt2 lora": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 4}),
+    "llama dora": (llama, {"target_modules": "all-linear", "use_dora": True, "r": 4}),
+    "gpt2 dora": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "use_dora": True}),
+    "llama embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"], "r": 4}),
+    "llama lora+": (llama, {"target_modules": "all-linear", "r": 4}),
+    "gpt2 rslora+": (gpt2, {"target_modules": ["c_attn"], "use_rslora": True}),
+    "gpt2 dora+": (gpt2, {"target_modules": ["c_attn", "c_fc"], "use_dora": True}),
+    "gpt2 lora_bias": (gpt2, {"target_modules": ["c_attn", "c_fc"], "lora_bias": True}),
 }
 
 
@@ -90,27 +104,29 @@ def test_twenty_steps(case, tmp_path):
     make, config = CASES[case]
     base = make()
     base.save_pretrained(tmp_path / "base")
-    compare_runs(peft_model(base, **config), lorax.load_model(tmp_path / "base"), tmp_path)
+    start, plus = in_peft(base, **config), case.endswith("+")
+    compare_runs(start, lorax.load_model(tmp_path / "base"), tmp_path, plus)
 
 
 @pytest.mark.slow
-def test_twenty_steps_of_smollm2(smollm2_gguf, tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_twenty_steps_of_smollm2(use_dora, smollm2_gguf, tmp_path):
     folder, file = smollm2_gguf.rsplit("/", 1)
     base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
     compare_runs(get_peft_model(base, config), lorax.load_model(smollm2_gguf), tmp_path)
 
 
-def compare_runs(start, mine, tmp_path):
+def compare_runs(start, mine, tmp_path, plus=False):
     """Train copies of `start` in PEFT, and the same adapter on `mine` in lorax."""
     start.save_pretrained(tmp_path / "start")
     runs = {}
     for attention in ("eager", "sdpa"):
         theirs = copy.deepcopy(start)
         theirs.set_attn_implementation(attention)
-        runs[attention] = train_theirs(theirs)
+        runs[attention] = train_theirs(theirs, plus)
     lorax.load_adapter(mine, tmp_path / "start", trainable=True)
-    losses, weights = train_ours(mine)
+    losses, weights = train_ours(mine, plus)
 
     expected_losses, expected_weights = runs["sdpa"]
     before = adapter_tensors(start)

@@ -36,11 +36,6 @@ NOT_COVERED: dict[str, Any] = {
     "use_qalora": False,
     "velora_config": None,
 }
-# Fields of LoRAConfig whose feature is being built: refused at any other value.
-_NOT_BUILT: dict[str, Any] = {
-    "lora_bias": False,
-    "use_dora": False,
-}
 # Keys that say nothing about the result.
 DESCRIPTIVE = {
     "auto_mapping",
@@ -68,7 +63,7 @@ class LoRAConfig:
     fan_in_fan_out: said of GPT-2's Conv1D; lorax sees to it itself and only keeps the word.
     bias: which of the model's own biases are trained: "none", "lora_only" (of the adapted layers)
         or "all".
-    lora_bias: B has a bias of its own.
+    lora_bias: B has a bias of its own, scaled as the path is; not on embeddings, not with DoRA.
     init_lora_weights: how A and B start, see initialize.py: True (A kaiming-uniform, B zero),
         "gaussian" (A ~ N(0, 1/r)), False (both random: the adapter changes the model from the
         start), "pissa", "pissa_niter_K", "olora" or "loftq".
@@ -124,10 +119,6 @@ class LoRAConfig:
             raise AdapterError(f"bias is {self.bias!r}; expected none, all or lora_only")
         _check_names("modules_to_save", self.modules_to_save)
         _check_indices(self.trainable_token_indices)
-        for key, rest in _NOT_BUILT.items():
-            if getattr(self, key) != rest:
-                value = getattr(self, key)
-                raise AdapterError(f"{key} = {value!r} is not covered by lorax; only {rest!r} is")
         how = self.init_lora_weights
         if not (isinstance(how, bool) or how in ("gaussian", "loftq") or self.starts_inside):
             raise AdapterError(
@@ -137,6 +128,9 @@ class LoRAConfig:
         self._check_loftq()
         if self.use_dora and (how == "loftq" or self.starts_inside):
             raise AdapterError(f"use_dora with init_lora_weights = {how!r} is not covered by lorax")
+        if self.lora_bias and (self.use_dora or not isinstance(how, bool)):
+            other = "use_dora" if self.use_dora else f"init_lora_weights = {how!r}"
+            raise AdapterError(f"lora_bias and {other}: PEFT does not define the two together")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise AdapterError("layers_to_transform goes with target_modules as a list of names")
         self._compile_patterns()

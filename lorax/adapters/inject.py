@@ -10,6 +10,8 @@ from torch import nn
 
 from lorax.adapters.adalora import AdaLoRAConfig, AdaLoRALinear
 from lorax.adapters.config import DEFAULT_TARGETS, LoRAConfig
+from lorax.adapters.dora import DoRAEmbedding, DoRALinear
+from lorax.adapters.embedding import LoRAEmbedding
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.prompt import Encodes, PromptTuningConfig, add_prompt
@@ -33,8 +35,8 @@ def add_adapter(
 
     Raises:
         AdapterError: the model has an adapter already, a target matches no module or one that is
-            no Linear, a pattern matches no target, or something asks to be trained twice over. The
-            model is then as it was.
+            neither Linear nor Embedding, a pattern matches no target, or something asks to be
+            trained twice over. The model is then as it was.
     """
     if adapter_layers(model):
         raise AdapterError("the model has an adapter already; unload_adapter(model) first")
@@ -59,14 +61,23 @@ def add_adapter(
 
 def _layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
     """The variant that the config asks for, around the module of that path."""
-    plain = base, config.rank(name), config.scaling(name), config.lora_dropout
+    size = config.rank(name), config.scaling(name)
+    if isinstance(base, nn.Embedding):
+        if config.lora_bias or isinstance(config, AdaLoRAConfig):
+            kind = "lora_bias" if config.lora_bias else "AdaLoRA"
+            raise AdapterError(f"{kind} goes with Linears; this is an Embedding")
+        return (DoRAEmbedding if config.use_dora else LoRAEmbedding)(base, *size)
+    linear = base, *size, config.lora_dropout
     if config.starts_inside:
-        return ResidualLoRALinear(*plain)
+        return ResidualLoRALinear(*linear)
     if config.init_lora_weights == "loftq":
         times, format = config.loftq_config["loftq_iter"], config.loftq_config.get("loftq_format")
-        return LoftQLinear(*plain, iterations=times, format=format or "nf4")
-    variant = AdaLoRALinear if isinstance(config, AdaLoRAConfig) else LoRALinear
-    return variant(*plain)
+        return LoftQLinear(*linear, iterations=times, format=format or "nf4")
+    if isinstance(config, AdaLoRAConfig):
+        return AdaLoRALinear(*linear)
+    if config.use_dora:
+        return DoRALinear(*linear)
+    return LoRALinear(*linear, config.lora_bias)
 
 
 def _check_start(model: nn.Module, targets: dict[str, nn.Module], config: LoRAConfig) -> None:
@@ -202,9 +213,10 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             "no module is left to adapt: exclude_modules or layers_to_transform take them all out"
         )
     for name, module in targets.items():
-        if not _is_linear(module):
+        if not _is_linear(module) and not isinstance(module, nn.Embedding):
+            kind = type(module).__name__
             raise AdapterError(
-                f"target_modules: {name} is a {type(module).__name__}; lorax adapts Linears"
+                f"target_modules: {name} is a {kind}; lorax adapts Linears and Embeddings"
             )
     return targets
 

@@ -6,12 +6,16 @@
                 |                                                       |
                 +-- dropout -- A (r, in) --- (M, r) --- B (out, r) --*s-+
 
+With `lora_bias` B has a bias b (out,) of its own, scaled like the path: y gains scaling * b.
+
 B starts at zero, so the adapted model is the base model at first. A and B are float32, whatever the
 base is; on a 16-bit base they are cast to the base's dtype for the product, so that gradients reach
 float32 masters while the matrix work runs in 16 bits. (PEFT casts the input up instead.)
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +36,17 @@ class LoRALinear(AdapterLayer):
         r: the rank.
         scaling: what the path is multiplied by.
         dropout: the probability with which the path's inputs are zeroed in training mode.
+        lora_bias: whether B has a bias.
     """
 
-    def __init__(self, base: nn.Module, r: int, scaling: float, dropout: float = 0.0):
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int,
+        scaling: float,
+        dropout: float = 0.0,
+        lora_bias: bool = False,
+    ):
         super().__init__(base)
         self.in_features = int(base.in_features)  # type: ignore[arg-type]
         self.out_features = int(base.out_features)  # type: ignore[arg-type]
@@ -43,10 +55,16 @@ class LoRALinear(AdapterLayer):
         self.dropout = dropout
         self.lora_A = nn.Parameter(torch.zeros(r, self.in_features, device=self.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=self.device))
+        self.lora_B_bias: nn.Parameter | None = None
+        if lora_bias:
+            self.lora_B_bias = nn.Parameter(torch.zeros(self.out_features, device=self.device))
 
     def initialize(self, how: bool | str) -> None:
         """Draw A and B from torch's global generator; see initialize.py."""
         fresh(self.lora_A, self.lora_B, how)
+        if self.lora_B_bias is not None:
+            bound = 1 / math.sqrt(self.r) if how is False else 0.0
+            nn.init.uniform_(self.lora_B_bias, -bound, bound)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """What the path computes with: A (ranks, in) and B (out, ranks), float32."""
@@ -63,24 +81,38 @@ class LoRALinear(AdapterLayer):
 
     def adapted(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        A, B = self.factors()
         if self._is_fused(x):
-            return self._fused(x, A, B)
-        y = self.frozen(x)
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
+            return self._with_bias(self._fused(x, *self.factors()))
+        return self.path_onto(self.frozen(x), self.dropped(x))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """What the path sees of x."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def path_onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + the path of x: (..., out), (..., in) -> (..., out)."""
+        A, B = self.factors()
         h = F.linear(x, A.to(x.dtype))  # (..., r)
         B = B.to(x.dtype)
         path = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=self.scaling)
-        return path.view(y.shape)
+        return self._with_bias(path.view(y.shape))
+
+    def _with_bias(self, y: Tensor) -> Tensor:
+        if self.lora_B_bias is None:
+            return y
+        return y + (self.scaling * self.lora_B_bias).to(y.dtype)
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is at work."""
+        return self.dropout > 0 and self.training
 
     def _is_fused(self, x: Tensor) -> bool:
         """Whether base and path are one operator: a frozen four-bit base on CUDA, no dropout."""
         base = self.frozen
-        dropping = self.dropout > 0 and self.training
         if not isinstance(base, QuantizedLinear) or base.trains_bias:
             return False
-        return base.has_kernels(x) and not dropping
+        return base.has_kernels(x) and not self.drops
 
     def _fused(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         base = self.frozen
@@ -90,8 +122,11 @@ class LoRALinear(AdapterLayer):
         return ops.lora_linear_4bit(x, A, B, self.scaling, base.bias, *weight)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """A and B."""
-        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        """A and B, and B's bias."""
+        found = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        if self.lora_B_bias is not None:
+            found["lora_B.bias"] = self.lora_B_bias
+        return found
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the path adds to the weight: scaling * B A, (out, in), computed in dtype."""
@@ -101,6 +136,15 @@ class LoRALinear(AdapterLayer):
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W + scaling * B A, (out, in)."""
         return self.frozen_weight().to(dtype) + self.delta(dtype)
+
+    def effective_bias(self) -> Tensor | None:
+        """b0 + scaling * b, (out,) in the base's dtype; a base without a bias gains one."""
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        if self.lora_B_bias is None:
+            return bias
+        own = self.scaling * self.lora_B_bias.detach()
+        return (own if bias is None else bias.detach() + own).to(self.base_weight().dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""

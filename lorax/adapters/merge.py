@@ -96,13 +96,17 @@ def unload_adapter(
         model: a model with an adapter.
         merge: leave the adapter's effect in the weights; a quantized layer then becomes dense.
             What was trained as a whole stays. Where that makes a head differ from the embedding
-            that it was tied to, it has a weight of its own, and the config says so. Without
-            `merge` the base is as it was loaded.
+            that it was tied to, it has a weight of its own, and the config says so; so it does
+            where layers gain a bias that they did not have (lora_bias). Without `merge` the base
+            is as it was loaded.
         how: a layer's path and the layer -> what takes its place, and the share that this loses;
             `merged_layer` if not given.
 
     Returns:
         With `merge`, what it cost.
+
+    Raises:
+        AdapterError: there is no adapter; or a merged bias has no place in the model's config.
     """
     layers = require_adapter(model)
     if not merge:
@@ -111,6 +115,7 @@ def unload_adapter(
             replace_module(model, name, layer.base_layer)
         del model.adapter_config
         return None
+    gained = _gained_biases(layers)
     errors = {}
     rows = {name: layer for name, layer in layers.items() if isinstance(layer, TokenRows)}
     for name in list(layers):
@@ -121,6 +126,7 @@ def unload_adapter(
     forget(model)
     del model.adapter_config
     _say_if_untied(model)
+    _fill_up_biases(model, gained)
     model.loaded_from = None  # type: ignore[assignment]
     first = model.get_submodule(next(iter(errors)))
     weight = first if isinstance(first, QuantizedLinear) else first.weight
@@ -184,3 +190,37 @@ def take_route(
             if isinstance(module.quantized, FourBitTensor):
                 module.quantized = dataclasses.replace(module.quantized, dtype=route.dtype)
     return costs, residuals
+
+
+# A Llama's config has one word for the biases of all its attention, and one for all of the MLP's.
+_BIAS_WORDS = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
+
+
+def _gained_biases(layers: dict[str, AdapterLayer]) -> list[str]:
+    """The layers that merging gives a bias; each must have a word in the config for it."""
+    gained = [
+        name
+        for name, layer in layers.items()
+        if layer.effective_bias() is not None and layer.base_layer.bias is None
+    ]
+    for name in gained:
+        if name.split(".")[-2:-1] not in ([word] for word in _BIAS_WORDS):
+            raise AdapterError(
+                f"{name} has no bias, and the model's config no word for one: lora_bias cannot be "
+                "merged into it; keep the adapter, or train it without lora_bias there"
+            )
+    return gained
+
+
+def _fill_up_biases(model: nn.Module, gained: list[str]) -> None:
+    """Say in the config that there are biases, and give the other layers that it means zeros."""
+    for part in {name.split(".")[-2] for name in gained}:
+        word = {_BIAS_WORDS[part]: True}
+        model.config = dataclasses.replace(model.config, **word)  # type: ignore
+        for name, module in model.named_modules():
+            if name.split(".")[-2:-1] == [part] and getattr(module, "bias", 0) is None:
+                dtype = next(model.parameters()).dtype
+                size = int(module.out_features)
+                device = next(model.parameters()).device
+                zeros = torch.zeros(size, dtype=dtype, device=device)
+                module.bias = nn.Parameter(zeros, requires_grad=False)

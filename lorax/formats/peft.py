@@ -2,6 +2,8 @@
 
     base_model.model.<path of the module>.lora_A.weight    (r, in)
     base_model.model.<path of the module>.lora_B.weight    (out, r)
+    ....lora_B.bias (out,)    ....lora_magnitude_vector (out,)    where the config asks for them
+    ....lora_embedding_A (r, vocab)    ....lora_embedding_B (dim, r)    of an embedding
 
 AdaLoRA's are `....lora_A` (r_l, in), `....lora_E` (r_l, 1) and `....lora_B` (out, r_l), pruned by
 the config's rank_pattern, down to r_l = 0. A tuned prompt is `prompt_embeddings` (n, C).
@@ -249,7 +251,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], plain: bool | N
         tensors = adapter_tensors(model)
     else:
         config, tensors = _in_form(model, config, plain)
-        config = dataclasses.replace(config, fan_in_fan_out=isinstance(model, GPT2))
+        config = dataclasses.replace(config, fan_in_fan_out=_fan_in_fan_out(model, config))
+        tensors |= _base_copies(model, config)
     base = getattr(model, "name_or_path", "") or None
     mark = fingerprint.describe(model, config, tensors)
     write_peft_directory(path, config, tensors, base, mark)
@@ -369,10 +372,33 @@ def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str) -> Non
         expected[name].copy_(tensor)
 
 
+def _base_copies(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
+    """The whole tables that PEFT puts beside an adapted embedding and an adapted head.
+
+    It does so where one of the two names below is a target by itself: not for a path that ends in
+    it, not for GPT-2's wte alone, and not together with trainable_token_indices.
+    """
+    layers = adapter_layers(model)
+    targets, known = config.target_modules or [], ("embed_tokens", "lm_head")
+    if isinstance(targets, str):
+        targets = [name.rpartition(".")[2] for name in layers]
+    if config.trainable_token_indices or not any(name in targets for name in known):
+        return {}
+    plain = config.init_lora_weights in (True, False, "gaussian")
+    tables = (str(model.embedding_name).removesuffix(".weight"), "lm_head")
+    return {
+        f"{_PREFIX}{name}.base_layer.weight": (
+            layers[name].base_weight() if plain else layers[name].stored_base()
+        ).clone()
+        for name in tables
+        if name in layers and isinstance(layers[name].base_layer, nn.Linear | nn.Embedding)
+    }
+
+
 def _without_base_copies(
     model: nn.Module, found: dict[str, Tensor], where: str
 ) -> dict[str, Tensor]:
-    """Take out the copy of the base's own weight that PEFT puts beside an adapted head.
+    """Take out the copies of the base's own weights that PEFT puts beside an adapted head or table.
 
     A copy that differs from this model's weight belongs to another base, and is refused.
     """
@@ -447,6 +473,15 @@ def _peft_config(config: LoRAConfig | PromptTuningConfig, base: str | None) -> d
         values["megatron_core"] = "megatron.core"
         values["qalora_group_size"] = 16
     return dict(sorted(values.items()))
+
+
+def _fan_in_fan_out(model: nn.Module, config: LoRAConfig) -> bool:
+    """PEFT's word for GPT-2's Conv1D: what the last of the adapted Linears is."""
+    layers = adapter_layers(model).items()
+    linears = [n for n, layer in layers if not isinstance(layer.base_layer, nn.Embedding)]
+    if not linears:
+        return config.fan_in_fan_out
+    return isinstance(model, GPT2) and linears[-1] != "lm_head"
 
 
 def _check_types(values: dict[str, Any], file: Path) -> None:

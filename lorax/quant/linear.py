@@ -12,6 +12,7 @@ kernels decode in registers for few rows and into a scratch of their own beyond.
 """
 
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -27,16 +28,26 @@ _scratch = threading.local()
 
 
 def dequantize_into_scratch(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """Decode into this thread's scratch buffer: valid until the next call, never to be kept."""
+    """Decode into this thread's scratch buffer: valid until the next call, never to be kept.
+
+    What the buffer still holds is not decoded again: DoRA asks twice for the same weight.
+    """
     if not hasattr(_scratch, "buffers"):
-        _scratch.buffers = {}
+        _scratch.buffers, _scratch.held = {}, {}
     buffers: dict[tuple[torch.device, torch.dtype], Tensor] = _scratch.buffers
+    held: dict[tuple[torch.device, torch.dtype], Any] = _scratch.held
     key = (weight.device, dtype)
     size = weight.shape.numel()
     if key not in buffers or buffers[key].numel() < size:
         with torch.inference_mode(False):
             buffers[key] = torch.empty(size, dtype=dtype, device=weight.device)
-    return weight.dequantize(out=buffers[key][:size].view(weight.shape))
+    out = buffers[key][:size].view(weight.shape)
+    if key in held and held[key]() is weight:  # a quantized weight does not change
+        return out
+    held.pop(key, None)
+    weight.dequantize(out=out)
+    held[key] = weakref.ref(weight)
+    return out
 
 
 class _FrozenLinear(torch.autograd.Function):
