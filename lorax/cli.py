@@ -170,13 +170,14 @@ def evaluate(
     data
         A jsonl, json or csv file, of any kind that training takes.
     """
+    from lorax.adapters.inject import embedding_weight
     from lorax.data.examples import load_examples
     from lorax.training.evaluate import evaluate as measure
 
     model, tokenizer = _open(path, base, dtype, device, quantization, check_base)
     examples = load_examples(data, tokenizer, max_length)
     result: dict[str, Any] = measure(model, examples.rows, micro_batch_size, tokenizer.pad_token_id)
-    numbers = str(next(model.parameters()).dtype).removeprefix("torch.")
+    numbers = str(embedding_weight(model).dtype).removeprefix("torch.")
     result |= {"rows": len(examples), "tokens": sum(row.tokens for row in examples.rows)}
     result |= {"base": model.name_or_path, "dtype": numbers, "quantization": quantization}
     if json:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lorax.adapters.inject import disabled_adapter
+from lorax.adapters.inject import disabled_adapter, embedding_weight
 from lorax.adapters.merge import merge_adapter, unmerge_adapter
 from lorax.data.batches import pad
 from lorax.data.docstrings import write_pairs
@@ -128,7 +128,7 @@ def show(console: Console, run: Run, held_out_file: Path) -> None:
     adapter = run.output_dir / "adapter" / TENSORS
     dense = sum(q.shape.numel() for q in quantized) * 4
     merged, effect = merge_error(model, tokenizer, held_out_file)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(embedding_weight(model).dtype).removeprefix("torch.")
     console.print(
         f"base     {sum(q.nbytes for q in quantized):,} bytes in nf4-dq ({dense:,} in float32)\n"
         f"adapter  {adapter.stat().st_size:,} bytes ({adapter})\n"

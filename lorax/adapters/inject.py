@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorax.adapters.adalora import AdaLoRAConfig, AdaLoRALinear
 from lorax.adapters.config import DEFAULT_TARGETS, LoRAConfig
@@ -19,6 +19,7 @@ from lorax.adapters.replaced import find_parameters, replace_parameters, replace
 from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
 from lorax.adapters.tokens import find_rows, put_rows
 from lorax.errors import AdapterError
+from lorax.models import Model
 from lorax.models.gpt2 import GPT2
 from lorax.quant.linear import QuantizedLinear
 
@@ -149,6 +150,14 @@ def disabled_adapter(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
         for replacement in replaced:
             replacement.put(model, trained=True)
+
+
+def embedding_weight(model: Model) -> Tensor:
+    """The embedding's own weight (vocab, dim), adapted or not: its dtype is the base's."""
+    module = model.get_submodule(model.embedding_name.removesuffix(".weight"))
+    table = module.base_layer if isinstance(module, AdapterLayer) else module
+    assert isinstance(table, nn.Embedding)
+    return table.weight
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

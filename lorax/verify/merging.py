@@ -31,8 +31,12 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from lorax.adapters.inject import adapter_layers, disabled_adapter, require_adapter
-from lorax.adapters.layer import AdapterLayer
+from lorax.adapters.inject import (
+    adapter_layers,
+    disabled_adapter,
+    embedding_weight,
+    require_adapter,
+)
 from lorax.adapters.merge import take_route
 from lorax.adapters.routes import (
     DTYPES,
@@ -150,7 +154,7 @@ class Laboratory:
         layers = require_adapter(model)
         self.model = model
         self.original = original
-        self.dtype = _embedding(model).dtype
+        self.dtype = embedding_weight(model).dtype
         bases = [layer.base_layer for layer in layers.values()]
         formats = [b.quantized.format for b in bases if isinstance(b, QuantizedLinear)]
         self.quantization = formats[0] if formats else None
@@ -250,7 +254,7 @@ class Laboratory:
         for route in routes:
             self.check(route)
         self.model.float().eval()
-        ids = ids.to(_embedding(self.model).device)
+        ids = ids.to(embedding_weight(self.model).device)
         progress("the adapter itself")
         unmerged = self.model(ids)  # (rows, T, V)
         with disabled_adapter(self.model):
@@ -560,14 +564,6 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 def _distance(a: Tensor, b: Tensor) -> float:
     return torch.linalg.vector_norm(a - b, dtype=torch.float64).item()
-
-
-def _embedding(model: Model) -> Tensor:
-    """The embedding's weight, adapted or not."""
-    module = model.get_submodule(model.embedding_name.removesuffix(".weight"))
-    table = module.base_layer if isinstance(module, AdapterLayer) else module
-    assert isinstance(table, nn.Embedding)
-    return table.weight
 
 
 def _rest_bytes(model: nn.Module, replaced: set[str], route: Route) -> int:
