@@ -88,7 +88,10 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         return directory
     below = sorted(file.parent for file in directory.glob(f"[!.]*/{CONFIG}"))
     if not below:
-        raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory")
+        hint = ""
+        if (directory / "model" / "config.json").is_file():
+            hint = "; full fine-tuning leaves none, its model/ stands alone"
+        raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory{hint}")
     if len(below) > 1:
         names = ", ".join(folder.name for folder in below)
         raise FormatError(
@@ -157,7 +160,10 @@ def open_model(
     is_adapter = _is_adapter(Path(path))
     if not is_adapter:
         if needs_adapter or base is not None:
-            raise UsageError(f"{path}: no {CONFIG} there; expected an adapter's directory")
+            raise UsageError(
+                f"{path}: no {CONFIG} there; expected an adapter's directory (a model that was "
+                "fine-tuned in full has none)"
+            )
         model = load_model(path, dtype, device, quantization)
         return model, load_tokenizer(path)
     stated = read_adapter_config(path)[1]

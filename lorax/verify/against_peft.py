@@ -36,7 +36,7 @@ from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatErro
 from lorax.formats.fingerprint import KEY, parse
 from lorax.formats.huggingface import find_model, load_model, load_tokenizer, save_model
 from lorax.formats.json_files import read_json
-from lorax.formats.peft import CONFIG, TENSORS, load_adapter
+from lorax.formats.peft import CONFIG, TENSORS, find_adapter, load_adapter
 from lorax.formats.safetensors_files import read_file, read_metadata
 from lorax.models import Model
 from lorax.quant.double import NestedScales, dequantize_scales
@@ -81,6 +81,7 @@ def verify(
     Raises:
         UsageError: an option that does not exist, no base, or a text of less than two tokens.
         EnvironmentProblem: peft, transformers or bitsandbytes is not installed.
+        AdapterError: a tuned prompt.
         FormatError: a file is missing or damaged. An adapter that is only refused, because it has
             a tensor too many or one that is not finite, gives a report that does not hold.
     """
@@ -342,11 +343,11 @@ def _adapter_directory(path: str | os.PathLike[str]) -> Path:
     directory = Path(path)
     if (directory / "adapter" / CONFIG).is_file():  # a run's directory
         directory = directory / "adapter"
-    for file in (CONFIG, TENSORS):
-        if not (directory / file).is_file():
-            raise FormatError(f"{directory}: no {file}; expected a PEFT adapter directory")
+    directory = find_adapter(directory)
+    if not (directory / TENSORS).is_file():
+        raise FormatError(f"{directory}: no {TENSORS}; expected a PEFT adapter directory")
     if read_json(directory / CONFIG).get("peft_type") == "PROMPT_TUNING":
-        raise UsageError(f"{directory}: a tuned prompt; verify covers adapters that have weights")
+        raise AdapterError(f"{directory}: a tuned prompt; verify covers adapters that have weights")
     return directory
 
 
