@@ -361,7 +361,7 @@ def test_checkpointing_changes_no_gradient(dtype, tmp_path):
 
 
 def test_refused_together():
-    with pytest.raises(AdapterError, match="use_dora and lora_bias"):
+    with pytest.raises(AdapterError, match="lora_bias and use_dora"):
         lorax.LoRAConfig(use_dora=True, lora_bias=True)
 
 

@@ -42,12 +42,12 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> None:
 
 def _layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
     """The variant that the config asks for, around the module of that path."""
-    plain = base, config.rank(name), config.scaling(name)
+    size = config.rank(name), config.scaling(name)
     if isinstance(base, nn.Embedding):
         if config.lora_bias:
             raise AdapterError("lora_bias goes with Linears; this is an Embedding")
-        return (DoRAEmbedding if config.use_dora else LoRAEmbedding)(*plain)
-    linear = *plain, config.lora_dropout
+        return (DoRAEmbedding if config.use_dora else LoRAEmbedding)(base, *size)
+    linear = base, *size, config.lora_dropout
     if config.starts_inside:
         return ResidualLoRALinear(*linear)
     if config.init_lora_weights == "loftq":
