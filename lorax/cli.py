@@ -636,7 +636,7 @@ def _open(
     *,
     needs_adapter: bool = False,
 ) -> tuple[Model, Tokenizer]:
-    from lorax.formats.peft import open_model
+    from lorax.formats.open_model import open_model
 
     return open_model(
         path,

@@ -34,7 +34,8 @@ from lorax.data.tokenizer import Tokenizer
 from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatError, UsageError
 from lorax.formats.huggingface import find_model, load_model, load_tokenizer, save_model
 from lorax.formats.json_files import read_json
-from lorax.formats.peft import CONFIG, TENSORS, load_adapter
+from lorax.formats.peft import load_adapter
+from lorax.formats.peft_directory import CONFIG, TENSORS
 from lorax.formats.safetensors_files import read_file
 from lorax.models import Model
 from lorax.quant.double import NestedScales, dequantize_scales

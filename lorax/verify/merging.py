@@ -56,7 +56,8 @@ from lorax.formats.directory import check_free
 from lorax.formats.huggingface import ModelFiles, open_model_files
 from lorax.formats.json_files import parse_json, read_json
 from lorax.formats.merged_model import RESIDUAL, write_merged
-from lorax.formats.peft import CONFIG, TENSORS, open_model, read_adapter_config
+from lorax.formats.open_model import open_model
+from lorax.formats.peft_directory import CONFIG, TENSORS, read_adapter_config
 from lorax.formats.safetensors_files import read_metadata
 from lorax.models import Model
 from lorax.quant import nf4
