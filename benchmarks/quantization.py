@@ -3,10 +3,10 @@
     python benchmarks/quantization.py           about two minutes
 
 Dequantizing 4096 x 4096 into a given buffer against bitsandbytes.functional.dequantize_4bit as
-called and against its bare AVX-512 kernel into a given buffer, to bfloat16 with the compiled decoder
-too (LORAX_KERNELS=compiled); quantizing; and the forward pass of
-a frozen NF4 Linear of that size at several numbers of rows, bitsandbytes' in training mode (in eval
-mode it repacks its weight for another kernel). Every result is compared before it is timed.
+called and against its bare AVX-512 kernel into a given buffer, to bfloat16 with the compiled
+decoder too (LORAX_KERNELS=compiled); quantizing; and the forward pass of a frozen NF4 Linear of
+that size at several numbers of rows, bitsandbytes' in training mode (in eval mode it repacks its
+weight for another kernel). Every result is compared before it is timed.
 """
 
 from __future__ import annotations
