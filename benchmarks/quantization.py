@@ -3,9 +3,10 @@
     python benchmarks/quantization.py           about two minutes
 
 Dequantizing 4096 x 4096 into a given buffer against bitsandbytes.functional.dequantize_4bit as
-called and against its bare AVX-512 kernel into a given buffer; quantizing; and the forward pass of
-a frozen NF4 Linear of that size at several numbers of rows, bitsandbytes' in training mode (in eval
-mode it repacks its weight for another kernel). Every result is compared before it is timed.
+called and against its bare AVX-512 kernel into a given buffer, to bfloat16 with the compiled
+decoder too (LORAX_KERNELS=compiled); quantizing; and the forward pass of a frozen NF4 Linear of
+that size at several numbers of rows, bitsandbytes' in training mode (in eval mode it repacks its
+weight for another kernel). Every result is compared before it is timed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sides
 import torch
 
 import lorax
+from lorax.quant import ops
 from lorax.quant.linear import QuantizedLinear
 
 SIZE = 4096
@@ -48,19 +50,20 @@ def bare_kernel(packed, state, out) -> Callable[[], None]:
     return lambda: function(*arguments, *sizes)
 
 
-def dequantizing(weight: torch.Tensor) -> dict[str, float]:
+def dequantizing(weight: torch.Tensor, backend: str = "auto") -> dict[str, float]:
     packed, state = bf.quantize_4bit(weight, quant_type="nf4")
     mine = lorax.quantize(weight, "nf4")
     out, other = torch.empty_like(weight), torch.empty_like(weight)
     bare = bare_kernel(packed, state, other)
     bare()
-    assert torch.equal(mine.dequantize(out=out), other)
-    assert torch.equal(out, bf.dequantize_4bit(packed, state))
-    return interleaved(
-        lorax=lambda: mine.dequantize(out=out),
-        bitsandbytes=lambda: bf.dequantize_4bit(packed, state),
-        bare_kernel=bare,
-    )
+    with ops.backend(backend):
+        assert torch.equal(mine.dequantize(out=out.zero_()), other)
+        assert torch.equal(out, bf.dequantize_4bit(packed, state))
+        return interleaved(
+            lorax=lambda: mine.dequantize(out=out),
+            bitsandbytes=lambda: bf.dequantize_4bit(packed, state),
+            bare_kernel=bare,
+        )
 
 
 def quantizing(weight: torch.Tensor, double: bool) -> dict[str, float]:
@@ -110,6 +113,8 @@ def main() -> None:
         name = str(dtype).removeprefix("torch.")
         weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)).to(dtype)
         report(f"dequantize {name}", dequantizing(weight))
+        if dtype == torch.bfloat16:
+            report(f"dequantize {name}, compiled", dequantizing(weight, "compiled"))
         for double in (False, True):
             report(f"quantize {'nf4-dq' if double else 'nf4'} {name}", quantizing(weight, double))
         for rows in (1, 16, 64, 512):

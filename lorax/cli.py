@@ -252,7 +252,7 @@ def merge(
     dtype
         The base's in training, and the output's unless --route names another.
     """
-    from lorax.verify import merging
+    from lorax.verify import merge_report, merging
 
     merging.check_request(output, report, route, format, residual_rank, text)
     laboratory, tokenizer = merging.open_laboratory(
@@ -271,15 +271,15 @@ def merge(
         compared = laboratory.routes(residual_rank, also=chosen)
         found = laboratory.compare(compared, ids, lambda name: _note(f"measuring {name}"))
         if not json:
-            for table in merging.tables(found):
+            for table in merge_report.tables(found):
                 out.print(table)
     cost = laboratory.choose(chosen, found)
     if output is not None:
         laboratory.write(cost.route, output, tokenizer)
     if json:
-        _print_json(merging.as_dict(laboratory, found, cost, output))
+        _print_json(merge_report.as_dict(laboratory, found, cost, output))
         return
-    for line in merging.summary(laboratory, cost, output):
+    for line in merge_report.summary(laboratory, cost, output):
         _say(line)
 
 
@@ -636,7 +636,7 @@ def _open(
     *,
     needs_adapter: bool = False,
 ) -> tuple[Model, Tokenizer]:
-    from lorax.formats.peft import open_model
+    from lorax.formats.open_model import open_model
 
     return open_model(
         path,

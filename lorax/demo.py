@@ -19,7 +19,7 @@ from lorax.data.examples import load_examples
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import EnvironmentProblem
 from lorax.formats.directory import check_free
-from lorax.formats.peft import TENSORS
+from lorax.formats.peft_directory import TENSORS
 from lorax.inference.generate import generate
 from lorax.models import Model
 from lorax.progress import TrainingProgress

@@ -28,6 +28,7 @@ from lorax.adapters.merge import merged_layer
 from lorax.errors import AdapterError
 from lorax.quant import ops
 from lorax.quant.linear import QuantizedLinear, dequantize_into_scratch
+from lorax.training.loss import summed_loss
 
 FLOAT32 = 1e-5
 
@@ -399,5 +400,22 @@ def test_smollm2_against_peft(smollm2_gguf, tmp_path):
     noise = max(gradient_errors(Logits(eager), theirs, ids).values())
     print(f"gradients differ by {error:.1e}; PEFT's two attentions by {noise:.1e}")
     assert error <= max(1e-5, 2 * noise)
+
+
+@pytest.mark.slow
+def test_smollm2_merge_of_a_trained_adapter(smollm2_gguf):
+    mine = lorax.load_model(smollm2_gguf)
+    lorax.add_adapter(mine, lorax.LoRAConfig(use_dora=True, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in mine.parameters() if p.requires_grad], lr=2e-3)
+    ids = tokens(2, 64, 49152)
+    base = logits(mine, ids)
+    for _ in range(4):
+        summed_loss(mine, ids, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted = logits(mine, ids)
+    assert relative_rms(adapted, base) > 0.05  # it learned something
     lorax.merge_adapter(mine)
     assert relative_rms(logits(mine, ids), adapted) <= 2e-6
+    lorax.unmerge_adapter(mine)
+    assert torch.equal(logits(mine, ids), adapted)

@@ -15,7 +15,7 @@ import lorax
 from lorax.adapters.inject import adapter_layers
 from lorax.errors import AdapterError, FormatError
 from lorax.formats import fingerprint
-from lorax.formats.peft import open_model
+from lorax.formats.open_model import open_model
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorax
 from lorax.errors import RecipeError, UsageError
 from lorax.formats.huggingface import save_model
-from lorax.formats.peft import open_model
+from lorax.formats.open_model import open_model
 from lorax.training.evaluate import evaluate
 from lorax.training.loss import summed_loss
 from lorax.training.methods import set_up

@@ -15,9 +15,9 @@ from torch import Tensor
 from lorax.adapters.algebra import Adapter, LowRank, check_low_rank
 from lorax.adapters.config import LoRAConfig
 from lorax.errors import AdapterError, FormatError, UsageError
-from lorax.formats.peft import (
-    _PREFIX,
+from lorax.formats.peft_directory import (
     CONFIG,
+    PREFIX,
     TENSORS,
     find_adapter,
     read_adapter_config,
@@ -68,8 +68,8 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """
     tensors = {}
     for name, layer in adapter.layers.items():
-        tensors[_PREFIX + name + _A] = layer.A.float().contiguous()
-        tensors[_PREFIX + name + _B] = layer.B.float().contiguous()
+        tensors[PREFIX + name + _A] = layer.A.float().contiguous()
+        tensors[PREFIX + name + _B] = layer.B.float().contiguous()
     write_peft_directory(path, adapter.plain_config(), tensors, adapter.base)
 
 
@@ -100,7 +100,7 @@ def _check_by_itself(config: LoRAConfig, where: str) -> None:
 
 def _module(name: str, where: str) -> str | None:
     """The path of the module that a tensor belongs to; None for a copy of the base's weight."""
-    path = name.removeprefix(_PREFIX)
+    path = name.removeprefix(PREFIX)
     for end in (_A, _B):
         if path != name and path.endswith(end):
             return path.removesuffix(end)
@@ -110,7 +110,7 @@ def _module(name: str, where: str) -> str | None:
 
 
 def _layer(name: str, tensors: dict[str, Tensor], config: LoRAConfig, where: str) -> LowRank:
-    A, B = (tensors.get(_PREFIX + name + end) for end in (_A, _B))
+    A, B = (tensors.get(PREFIX + name + end) for end in (_A, _B))
     if A is None or B is None:
         raise AdapterError(f"{where}: {name} has only one of lora_A and lora_B")
     if A.shape[0] != B.shape[1] or A.shape[0] != config.rank(name):

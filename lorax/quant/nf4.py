@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lorax.errors import QuantizationError
 from lorax.kernels.weight import PackedWeight
-from lorax.quant import bitsandbytes_layout, codebooks, ops
+from lorax.quant import bitsandbytes_layout, codebooks, compiled, ops
 from lorax.quant.blockwise import (
     CHUNK_ELEMENTS,
     check_block_size,
@@ -123,8 +123,13 @@ class FourBitTensor(QuantizedTensor):
         out = self.output(dtype, out)
         if ops.uses_triton(out):
             return ops.dequantize_4bit_into(self.operands(), out)
-        table = _pair_table(self.quant_type, self.device)
-        _unpack_into(out.view(-1), self.packed, table, self.scales(), self.block_size)
+        flat, packed, scales, size = out.view(-1), self.packed, self.scales(), self.block_size
+        done = 0
+        if ops.uses_compiled(out):
+            done = compiled.decode_into(flat, packed, scales, size, self.quant_type)
+        if done < len(flat):
+            table = _pair_table(self.quant_type, self.device)
+            _unpack_into(flat[done:], packed[done // 2 :], table, scales[done // size :], size)
         return out
 
     def operands(self) -> PackedWeight:

@@ -7,7 +7,8 @@ twin that gives shapes and dtypes) and so that the same call runs anywhere:
     tensors on CUDA      Triton, lorax.kernels
 
 One switch forces either: `with backend("pytorch"):`, or LORAX_KERNELS=pytorch | triton | auto in
-the environment. Triton is imported when the first operator needs it, never earlier.
+the environment. Triton is imported when the first operator needs it, never earlier. "compiled" is
+"auto" with the decoder on a CPU compiled (lorax/quant/compiled.py).
 
 A weight is given as `packed, absmax, code, shape, block_size` and, with double quantization,
 `nested_absmax, nested_map, nested_offset`: the fields of lorax.kernels.weight.PackedWeight.
@@ -30,13 +31,16 @@ from lorax.errors import EnvironmentProblem, UsageError
 from lorax.kernels.hyper import AdamWStep
 from lorax.kernels.weight import PackedWeight
 
-BACKENDS = ("auto", "pytorch", "triton")
+BACKENDS = ("auto", "pytorch", "triton", "compiled")
 _forced: ContextVar[str | None] = ContextVar("lorax_kernels", default=None)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Inside, every operator runs in "pytorch", in "triton", or ("auto") by its tensors' device."""
+    """Inside, every operator runs in "pytorch", in "triton", or ("auto") by its tensors' device.
+
+    "compiled" is "auto" with the CPU's decoder compiled, which takes seconds the first time.
+    """
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is unknown; expected one of {BACKENDS}")
     token = _forced.set(name)
@@ -48,10 +52,8 @@ def backend(name: str) -> Iterator[None]:
 
 def uses_triton(tensor: Tensor) -> bool:
     """Whether the operators run in Triton for this tensor: on CUDA, or where that is forced."""
-    name = _forced.get() or os.environ.get("LORAX_KERNELS", "auto")
-    if name not in BACKENDS:
-        raise UsageError(f"LORAX_KERNELS={name!r} is unknown; expected one of {BACKENDS}")
-    if name == "auto":
+    name = _chosen()
+    if name in ("auto", "compiled"):
         return tensor.is_cuda
     if name == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise EnvironmentProblem(
@@ -59,6 +61,18 @@ def uses_triton(tensor: Tensor) -> bool:
             "move them to CUDA, or set TRITON_INTERPRET=1 before Python starts"
         )
     return name == "triton"
+
+
+def uses_compiled(tensor: Tensor) -> bool:
+    """Whether this tensor is decoded into by the compiled decoder: on a CPU, where asked for."""
+    return _chosen() == "compiled" and tensor.device.type == "cpu"
+
+
+def _chosen() -> str:
+    name = _forced.get() or os.environ.get("LORAX_KERNELS", "auto")
+    if name not in BACKENDS:
+        raise UsageError(f"LORAX_KERNELS={name!r} is unknown; expected one of {BACKENDS}")
+    return name
 
 
 def _module(name: str, tensor: Tensor) -> ModuleType:

@@ -36,7 +36,8 @@ from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatErro
 from lorax.formats.fingerprint import KEY, parse
 from lorax.formats.huggingface import find_model, load_model, load_tokenizer, save_model
 from lorax.formats.json_files import read_json
-from lorax.formats.peft import CONFIG, TENSORS, find_adapter, load_adapter
+from lorax.formats.peft import load_adapter
+from lorax.formats.peft_directory import CONFIG, TENSORS, find_adapter
 from lorax.formats.safetensors_files import read_file, read_metadata
 from lorax.models import Model
 from lorax.quant.double import NestedScales, dequantize_scales

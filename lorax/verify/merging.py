@@ -22,13 +22,10 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from lorax.adapters.inject import (
@@ -55,91 +52,19 @@ from lorax.formats import bitsandbytes, fingerprint
 from lorax.formats.directory import check_free
 from lorax.formats.huggingface import ModelFiles, open_model_files
 from lorax.formats.json_files import parse_json, read_json
-from lorax.formats.merged_model import RESIDUAL, write_merged
-from lorax.formats.peft import CONFIG, TENSORS, open_model, read_adapter_config
+from lorax.formats.merged_model import write_merged
+from lorax.formats.open_model import open_model
+from lorax.formats.peft_directory import CONFIG, TENSORS, read_adapter_config
 from lorax.formats.safetensors_files import read_metadata
 from lorax.models import Model
 from lorax.quant import nf4
 from lorax.quant.formats import FORMATS
 from lorax.quant.linear import QuantizedLinear
+from lorax.verify.merge_costs import Report, RouteCost, distance, logits_cost
 
 TOKENS = 1024
 ROW_TOKENS = 128
 RESIDUAL_RANK = 16
-KL_CHUNK = 64  # tokens whose float64 probabilities are held at a time
-
-
-@dataclass(frozen=True)
-class LogitsCost:
-    """How far a route moves the model, on text.
-
-    kl: the mean over tokens of KL(unmerged || merged), nats; kl_worst: the largest token's.
-    moved: RMS of the logits' difference / RMS of the unmerged logits; of_effect: / RMS of how far
-    the adapter moves them.
-    """
-
-    kl: float
-    kl_worst: float
-    moved: float
-    of_effect: float
-
-
-@dataclass(frozen=True)
-class RouteCost:
-    """What a route costs: by adapted layer; on text, if that was measured; and bytes to store."""
-
-    route: Route
-    layers: dict[str, LayerCost]
-    nbytes: int = 0
-    logits: LogitsCost | None = None
-
-    @property
-    def share(self) -> float:
-        """Of the adapter's effect on all layers together, what is lost (not finite: infinity)."""
-        lost, effect = (
-            math.hypot(*(getattr(cost, part) for cost in self.layers.values()))
-            for part in ("lost", "effect")
-        )
-        return _sortable(lost / effect if effect else 0.0)
-
-    @property
-    def loss(self) -> float:
-        """What routes are chosen by: KL where it was measured, else the share."""
-        return self.share if self.logits is None else _sortable(self.logits.kl)
-
-    @property
-    def worst(self) -> tuple[str, float]:
-        """The layer that loses the largest share, and that share."""
-        name = max(self.layers, key=lambda name: _sortable(self.layers[name].share))
-        return name, self.layers[name].share
-
-    @property
-    def captured(self) -> float | None:
-        """Of the square of what quantizing lost, what the residual holds, all layers together."""
-        found = [c for c in self.layers.values() if c.captured is not None]
-        before = sum(c.lost**2 / (1 - c.captured) for c in found if c.captured not in (None, 1.0))
-        rest = sum(c.lost**2 for c in found)
-        return None if not found else (1 - rest / before if before else 1.0)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON; what is not finite is null."""
-        name, share = self.worst
-        layers = {n: _finite(cost.share) for n, cost in self.layers.items()}
-        found: dict[str, Any] = {"route": self.route.name, "lost": _finite(self.share)}
-        found |= {"worst_layer": name, "worst_lost": _finite(share), "captured": self.captured}
-        found |= {"nbytes": self.nbytes, "layers": layers}
-        for key in ("kl", "kl_worst", "moved", "of_effect"):
-            found[key] = None if self.logits is None else _finite(getattr(self.logits, key))
-        return found
-
-
-@dataclass(frozen=True)
-class Report:
-    """All routes, and how large the adapter itself is on the same text."""
-
-    tokens: int
-    routes: list[RouteCost]
-    adapter: LogitsCost  # of leaving the adapter out
 
 
 class Laboratory:
@@ -259,7 +184,7 @@ class Laboratory:
         unmerged = self.model(ids)  # (rows, T, V)
         with disabled_adapter(self.model):
             base = self.model(ids)
-        effect = _distance(base, unmerged)
+        effect = distance(base, unmerged)
         adapter = logits_cost(unmerged, base, effect)
         del base
         costs = []
@@ -470,103 +395,6 @@ def sample(
     return torch.tensor([[*start, *row] for row in rows[: max(1, tokens // width)]])
 
 
-def as_dict(
-    laboratory: Laboratory, report: Report | None, chosen: RouteCost, output: Path | None
-) -> dict[str, Any]:
-    """Everything for JSON: the routes, if there is a report; which was chosen, and written."""
-    found: dict[str, Any] = {
-        "base": laboratory.model.name_or_path,
-        "quantization": laboratory.quantization,
-        "route": chosen.route.name,
-        "lost": _finite(chosen.share),
-        "output": None if output is None else str(output),
-    }
-    if report is not None:
-        found |= {"tokens": report.tokens, "adapter_kl": report.adapter.kl}
-        found |= {"adapter_moved": report.adapter.moved}
-        found["routes"] = [cost.as_dict() for cost in report.routes]
-    return found
-
-
-def summary(laboratory: Laboratory, chosen: RouteCost, output: Path | None) -> list[str]:
-    """What was chosen, what it costs, and what was written, in lines."""
-    name, worst = chosen.worst
-    over = f"dequantized {laboratory.quantization}" if laboratory.quantization else "the base"
-    if chosen.route.original:
-        over = "the original"
-    kind = f"{over}, quantized again" if chosen.route.format else over
-    lines = [
-        f"route {chosen.route.name} ({kind}): {len(chosen.layers)} layers lose "
-        f"{_percent(chosen.share)} of the adapter's effect, {_percent(worst)} at most ({name})"
-    ]
-    if output is not None:
-        lines.append(f"wrote {output}")
-        if chosen.route.residual_rank:
-            lines.append(f"wrote {output / RESIDUAL}: the residual adapter, to be loaded over it")
-    return lines
-
-
-def tables(report: Report) -> list[Table]:
-    """By layer, then all routes side by side with the one that loses least first."""
-    names = [cost.route.name for cost in report.routes]
-    layers = Table("layer: lost of the adapter's effect", *names)
-    for layer in report.routes[0].layers:
-        shares = [_percent(cost.layers[layer].share) for cost in report.routes]
-        layers.add_row(layer, *shares)
-    whole = Table(
-        "route", "lost", "worst layer", "KL, nats a token", "largest", "logits moved", "MB",
-        caption=f"lost and moved: of what the adapter itself does; KL on {report.tokens} tokens",
-    )  # fmt: skip
-    for cost in sorted(report.routes, key=lambda cost: cost.loss):
-        assert cost.logits is not None
-        whole.add_row(
-            cost.route.name,
-            _percent(cost.share),
-            _percent(cost.worst[1]),
-            f"{cost.logits.kl:.2e}",
-            f"{cost.logits.kl_worst:.2e}",
-            _percent(cost.logits.of_effect),
-            f"{cost.nbytes / 1e6:.1f}",
-        )
-    adapter = report.adapter
-    whole.add_row("no adapter", "100 %", "100 %", f"{adapter.kl:.2e}", f"{adapter.kl_worst:.2e}",
-                  "100 %", "")  # fmt: skip
-    return [layers, whole]
-
-
-def _percent(share: float) -> str:
-    """Three digits, small ones as powers of ten."""
-    if not math.isfinite(share):
-        return "overflow"
-    if share >= 10:
-        return f"{100 * share:,.0f} %"
-    return f"{100 * share:.3g} %" if share >= 1e-4 or share == 0 else f"{100 * share:.1e} %"
-
-
-def logits_cost(unmerged: Tensor, merged: Tensor, effect: float) -> LogitsCost:
-    """Compare logits (rows, T, V); effect: how far the adapter moves them, ||difference||."""
-    p, q = unmerged.flatten(0, -2), merged.flatten(0, -2)
-    kl = torch.cat([_kl(*pair) for pair in zip(p.split(KL_CHUNK), q.split(KL_CHUNK), strict=True)])
-    moved = _distance(merged, unmerged)
-    size = torch.linalg.vector_norm(unmerged, dtype=torch.float64).item()
-    return LogitsCost(
-        kl=kl.mean().item(),
-        kl_worst=kl.max().item(),
-        moved=moved / size,
-        of_effect=moved / effect if effect else 0.0,
-    )
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) by row, nats, float64, of logits (n, V)."""
-    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return torch.linalg.vector_norm(a - b, dtype=torch.float64).item()
-
-
 def _rest_bytes(model: nn.Module, replaced: set[str], route: Route) -> int:
     """Bytes of what the route only casts or leaves alone; a tied head is counted once."""
     inside = tuple(f"{name}." for name in replaced)
@@ -576,12 +404,3 @@ def _rest_bytes(model: nn.Module, replaced: set[str], route: Route) -> int:
         if isinstance(module, QuantizedLinear) and not f"{name}.".startswith(inside):
             total += module.quantized.nbytes
     return total
-
-
-def _sortable(x: float) -> float:
-    """NaN as infinity: what overflowed loses most."""
-    return math.inf if math.isnan(x) else x
-
-
-def _finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None
