@@ -34,6 +34,7 @@ from lorax.adapters.merge import unload_adapter
 from lorax.adapters.prompt import PromptTuning, PromptTuningConfig, insert_prompt
 from lorax.adapters.replaced import replaced_parameters
 from lorax.adapters.started import ResidualLoRALinear
+from lorax.adapters.tokens import TokenRows
 from lorax.errors import AdapterError, FormatError
 from lorax.formats import fingerprint
 from lorax.formats.huggingface import as_stored
@@ -300,7 +301,11 @@ def _is_same_base(layer: AdapterLayer, copy: Tensor, weight: Tensor) -> bool:
 def _fan_in_fan_out(model: nn.Module, config: LoRAConfig) -> bool:
     """PEFT's word for GPT-2's Conv1D: what the last of the adapted Linears is."""
     layers = adapter_layers(model).items()
-    linears = [n for n, layer in layers if not isinstance(layer.base_layer, nn.Embedding)]
+    linears = [
+        name
+        for name, layer in layers
+        if not isinstance(layer, TokenRows) and not isinstance(layer.base_layer, nn.Embedding)
+    ]
     if not linears:
         return config.fan_in_fan_out
     return isinstance(model, GPT2) and linears[-1] != "lm_head"
