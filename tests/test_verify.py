@@ -19,7 +19,7 @@ from tiny_tokenizer import byte_tokenizer
 import lorax
 from lorax import cli
 from lorax.adapters.inject import adapter_layers
-from lorax.errors import DataError, EnvironmentProblem, FormatError, UsageError
+from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatError, UsageError
 from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.verify.against_peft import batch, load_peft
 from lorax.verify.compare import compare
@@ -644,7 +644,7 @@ def test_an_8_bit_base_is_refused_by_name(place, twin, tmp_path):
 
 def test_a_tuned_prompt_is_refused_by_name(twin):
     edit_config(twin, peft_type="PROMPT_TUNING")
-    with pytest.raises(UsageError, match="tuned prompt"):
+    with pytest.raises(AdapterError, match="tuned prompt"):
         lorax.verify(twin)
 
 

@@ -40,9 +40,10 @@ class AdaLoRALinear(LoRALinear):
         """(..., in) -> (..., out)."""
         return super().adapted(x) if self.r else self.base_layer(x)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A * E, (r, in), and B, (out, r); float32."""
-        return self.lora_A * self.lora_E, self.lora_B
+    def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """A * E, (r, in), and B, (out, r), in dtype or their own."""
+        A, B = super().factors(dtype)
+        return A * self.lora_E.to(dtype), B
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """A, B and E."""

@@ -59,14 +59,14 @@ class LoRAEmbedding(AdapterLayer):
             "lora_embedding_B": self.lora_embedding_B,
         }
 
-    def delta(self) -> Tensor:
-        """What the low-rank table adds: scaling * (B A)^T, (vocab, dim) float32."""
-        A, B = self.lora_embedding_A.detach(), self.lora_embedding_B.detach()
+    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the low-rank table adds: scaling * (B A)^T, (vocab, dim), computed in dtype."""
+        A, B = self.lora_embedding_A.detach().to(dtype), self.lora_embedding_B.detach().to(dtype)
         return (A.t() @ B.t()).mul_(self.scaling)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W + scaling * (B A)^T, (vocab, dim)."""
-        return self.base_weight().to(dtype) + self.delta().to(dtype)
+        return self.base_weight().to(dtype) + self.delta(dtype)
 
     def effective_bias(self) -> Tensor | None:
         """None: a table has no bias."""

@@ -66,9 +66,9 @@ class LoRALinear(AdapterLayer):
             bound = 1 / math.sqrt(self.r) if how is False else 0.0
             nn.init.uniform_(self.lora_B_bias, -bound, bound)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """What the path computes with: A (ranks, in) and B (out, ranks), float32."""
-        return self.lora_A, self.lora_B
+    def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """What the path computes with: A (ranks, in) and B (out, ranks), in dtype or their own."""
+        return self.lora_A.to(dtype), self.lora_B.to(dtype)
 
     @property
     def frozen(self) -> nn.Module:
@@ -130,8 +130,8 @@ class LoRALinear(AdapterLayer):
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the path adds to the weight: scaling * B A, (out, in), computed in dtype."""
-        A, B = self.factors()
-        return (B.detach().to(dtype) @ A.detach().to(dtype)).mul_(self.scaling)
+        A, B = self.factors(dtype)
+        return (B.detach() @ A.detach()).mul_(self.scaling)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W + scaling * B A, (out, in)."""

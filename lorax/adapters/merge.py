@@ -115,7 +115,7 @@ def unload_adapter(
             replace_module(model, name, layer.base_layer)
         del model.adapter_config
         return None
-    gained = _gained_biases(layers)
+    gained = gained_biases(layers)
     errors = {}
     rows = {name: layer for name, layer in layers.items() if isinstance(layer, TokenRows)}
     for name in list(layers):
@@ -196,8 +196,12 @@ def take_route(
 _BIAS_WORDS = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 
 
-def _gained_biases(layers: dict[str, AdapterLayer]) -> list[str]:
-    """The layers that merging gives a bias; each must have a word in the config for it."""
+def gained_biases(layers: dict[str, AdapterLayer]) -> list[str]:
+    """The layers that merging gives a bias.
+
+    Raises:
+        AdapterError: one has no word in the config for it, so it cannot be merged.
+    """
     gained = [
         name
         for name, layer in layers.items()

@@ -50,10 +50,11 @@ class ResidualLoRALinear(LoRALinear):
         self.lora_A.data.copy_(A)
         self.lora_B.data.copy_(B)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """[A - A0; A0] (2r, in) and [B, B - B0] (out, 2r): their product is B A - B0 A0."""
-        A = torch.cat([self.lora_A - self.start_a, self.start_a])
-        return A, torch.cat([self.lora_B, self.lora_B - self.start_b], dim=1)
+        A, B = super().factors(dtype)
+        A0, B0 = self.start_a.to(dtype), self.start_b.to(dtype)
+        return torch.cat([A - A0, A0]), torch.cat([B, B - B0], dim=1)
 
     def adapted(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). Dropout is the path's alone: the residual sees all of x."""

@@ -6,7 +6,8 @@ An adapter's safetensors file carries one more entry of metadata, which PEFT rea
       "format": 1,  "lorax": "0.1.0",
       "base":    {"sha256": ..., "path": ..., "config": {...}} or {"sha256": null, ...},
       "quantization": null | "nf4-dq" | ...,
-      "adapter": {"sha256": ..., "settings": {"r", "lora_alpha", "use_rslora", ...}}
+      "adapter": {"sha256": ..., "settings": {"r", "lora_alpha", "use_rslora", ...},
+                  "tensors": ["0123abcd", ...]}
     }
 
 The base's digest is over its tensors as they are stored in its files, so that one base loaded as
@@ -14,6 +15,9 @@ float32, bfloat16 or NF4 is one base, however its files are cut into shards:
 
     for each tensor, by its name in the model:   "NAME DTYPE SHAPE SHA256-OF-ITS-BYTES\\n"
     digest = SHA-256 of these lines, sorted
+
+`tensors` has 8 hexadecimal digits a tensor, in the order of the names, so that a mismatch can name
+the tensors; files without it are read too.
 
 A bitsandbytes checkpoint is one with its scales, a .gguf file one with its packed blocks: each is a
 base of its own, since its numbers differ from those that it was made from. Names are the model's,
@@ -65,13 +69,15 @@ def describe(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> st
     except LoraxError as error:
         log.warning("the adapter carries no fingerprint of its base: %s", error)
     settings = _settings(config)
+    lines = _lines_by_name(tensors)
+    adapter = {"sha256": _adapter_digest(lines, settings), "settings": settings}
     return json.dumps(
         {
             "format": FORMAT,
             "lorax": __version__,
             "base": base,
             "quantization": quantization(model),
-            "adapter": {"sha256": adapter_digest(tensors, settings), "settings": settings},
+            "adapter": adapter | {"tensors": _short_digests(lines)},
         }
     )
 
@@ -116,9 +122,11 @@ def check_adapter(
     hint = "if the change is meant, load it with check_adapter=False and save it again"
     if edited:
         raise AdapterError(f"{where}: changed since it was saved: {'; '.join(edited)}. {hint}")
-    if adapter_digest(tensors, settings) != stated.get("sha256"):
+    lines = _lines_by_name(tensors)
+    if _adapter_digest(lines, settings) != stated.get("sha256"):
         raise AdapterError(
-            f"{where}: its tensors are not those that were saved (another SHA-256). {hint}"
+            f"{where}: its tensors are not those that were saved (another SHA-256"
+            f"{_changed(lines, stated.get('tensors'))}). {hint}"
         )
 
 
@@ -174,8 +182,31 @@ def quantization(model: nn.Module) -> str | None:
 
 def adapter_digest(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
     """SHA-256 over the settings and over every tensor's name, dtype, shape and bytes; in hex."""
-    lines = [_line(name, *_plain(tensor)) for name, tensor in tensors.items()]
-    return _sha256([json.dumps(dict(settings)), *sorted(lines)])
+    return _adapter_digest(_lines_by_name(tensors), settings)
+
+
+def _lines_by_name(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: _line(name, *_plain(tensors[name])) for name in sorted(tensors)}
+
+
+def _adapter_digest(lines: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    return _sha256([json.dumps(dict(settings)), *sorted(lines.values())])
+
+
+def _short_digests(lines: Mapping[str, str]) -> list[str]:
+    return [_sha256([line])[:8] for line in lines.values()]
+
+
+def _changed(lines: Mapping[str, str], then: Any) -> str:
+    """Which tensors differ, where the fingerprint has a digest for each."""
+    if not isinstance(then, list) or len(then) != len(lines):
+        return "" if then is None else f"; {len(lines)} tensors, there were {len(then)}"
+    now = _short_digests(lines)
+    changed = [name for name, a, b in zip(lines, now, then, strict=True) if a != b]
+    if not changed:
+        return ""
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"; changed: {', '.join(changed[:3])}{more}"
 
 
 def model_digest(model: nn.Module) -> str:

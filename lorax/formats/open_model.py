@@ -40,7 +40,10 @@ def open_model(
         path = str(Path(path) / "model")
     if not is_adapter(Path(path)):
         if needs_adapter or base is not None:
-            raise UsageError(f"{path}: no {CONFIG} there; expected an adapter's directory")
+            raise UsageError(
+                f"{path}: no {CONFIG} there; expected an adapter's directory (a model that was "
+                "fine-tuned in full has none)"
+            )
         model = load_model(path, dtype, device, quantization)
         return model, load_tokenizer(path)
     stated = read_adapter_config(path)[1]

@@ -60,7 +60,10 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         return directory
     below = sorted(file.parent for file in directory.glob(f"[!.]*/{CONFIG}"))
     if not below:
-        raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory")
+        hint = ""
+        if (directory / "model" / "config.json").is_file():
+            hint = "; full fine-tuning leaves none, its model/ stands alone"
+        raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory{hint}")
     if len(below) > 1:
         names = ", ".join(folder.name for folder in below)
         raise FormatError(

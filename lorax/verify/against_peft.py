@@ -22,21 +22,23 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorax.adapters.inject import adapter_config, adapter_layers
 from lorax.data.docstrings import HELD_OUT_MODULES, pairs
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatError, UsageError
+from lorax.formats.fingerprint import KEY, parse
 from lorax.formats.huggingface import find_model, load_model, load_tokenizer, save_model
 from lorax.formats.json_files import read_json
 from lorax.formats.peft import load_adapter
-from lorax.formats.peft_directory import CONFIG, TENSORS
-from lorax.formats.safetensors_files import read_file
+from lorax.formats.peft_directory import CONFIG, TENSORS, find_adapter
+from lorax.formats.safetensors_files import read_file, read_metadata
 from lorax.models import Model
 from lorax.quant.double import NestedScales, dequantize_scales
 from lorax.quant.linear import QuantizedLinear
@@ -44,7 +46,7 @@ from lorax.quant.nf4 import FORMATS, FourBitTensor
 from lorax.verify import causes
 from lorax.verify.compare import NESTED_BOUND, compare
 from lorax.verify.difference import EXACT, NESTED, difference
-from lorax.verify.report import Check, Report
+from lorax.verify.report import FINGERPRINT, Check, Report
 from lorax.verify.sides import LoraxSide, PeftSide, packed_by_bitsandbytes
 
 DTYPE = torch.float32
@@ -80,6 +82,7 @@ def verify(
     Raises:
         UsageError: an option that does not exist, no base, or a text of less than two tokens.
         EnvironmentProblem: peft, transformers or bitsandbytes is not installed.
+        AdapterError: a tuned prompt.
         FormatError: a file is missing or damaged. An adapter that is only refused, because it has
             a tensor too many or one that is not finite, gives a report that does not hold.
     """
@@ -132,26 +135,46 @@ class _Job:
             reference=None if reference is None else str(reference),
         )
         try:
-            load_adapter(model, self.adapter, trainable=True)
+            mark = self._load(model)
         except AdapterError as error:
             return self._refused(report, str(error), directory, base, ids)
+        if mark:
+            home = _tensor_in(mark)
+            home = home if home[0] else (_edited_module(model, self.adapter), "")
+            report = replace(report, refusals={FINGERPRINT: mark}, refused_tensor=home)
         self.say(f"PEFT loads {directory}")
         try:
             theirs, said = load_peft(directory, base)
         except Exception as error:  # PEFT raises whatever it meets
             reason = f"PEFT does not load it: {type(error).__name__}: {_one_line(error)}"
-            return replace(report, refusals={"peft": reason}, notes=self.notes)
+            refusals = report.refusals | {"peft": reason}
+            return replace(report, refusals=refusals, notes=self.notes)
         self.notes += said
         self.notes += _ignored(theirs, directory)
         self.say("comparing")
         mine = LoraxSide(model)
         quantizer = self._quantizer_checks(mine)
         checks = compare(mine, theirs, ids, None if reference is not None else self._truth)
+        self.notes += _shortened(theirs.notes)
         return replace(report, checks=_before_modules(quantizer, checks), notes=self.notes)
+
+    def _load(self, model: Model) -> str:
+        """Load the adapter, trainable; what its fingerprint says against that, or ""."""
+        try:
+            load_adapter(model, self.adapter, trainable=True)
+            return ""
+        except AdapterError as error:
+            mark = str(error)
+        unchecked = {"check_base": False, "check_adapter": False}
+        try:
+            load_adapter(model, self.adapter, trainable=True, **unchecked)
+        except AdapterError as error:
+            raise error if str(error) == mark else AdapterError(f"{mark} {error}") from None
+        return mark
 
     def _truth(self) -> LoraxSide:
         model = load_model(self.base, DTYPE, quantization=self.quantization)
-        load_adapter(model, self.adapter)
+        load_adapter(model, self.adapter, check_base=False, check_adapter=False)
         return LoraxSide(model)
 
     def _check_base(self, model: Model) -> None:
@@ -303,6 +326,10 @@ def _before_modules(first: list[Check], checks: list[Check]) -> list[Check]:
     return [c for check in checks for c in (*waiting.pop(check.module, []), check)]
 
 
+def _shortened(notes: list[str]) -> list[str]:
+    return notes if len(notes) < 2 else [f"{notes[0]} (and so for {len(notes) - 1} more)"]
+
+
 def _read(text: str | os.PathLike[str] | None) -> str:
     if text is None:
         return "\n\n".join(answer for _, answer in pairs(HELD_OUT_MODULES[:3]))
@@ -317,11 +344,11 @@ def _adapter_directory(path: str | os.PathLike[str]) -> Path:
     directory = Path(path)
     if (directory / "adapter" / CONFIG).is_file():  # a run's directory
         directory = directory / "adapter"
-    for file in (CONFIG, TENSORS):
-        if not (directory / file).is_file():
-            raise FormatError(f"{directory}: no {file}; expected a PEFT adapter directory")
+    directory = find_adapter(directory)
+    if not (directory / TENSORS).is_file():
+        raise FormatError(f"{directory}: no {TENSORS}; expected a PEFT adapter directory")
     if read_json(directory / CONFIG).get("peft_type") == "PROMPT_TUNING":
-        raise UsageError(f"{directory}: a tuned prompt; verify covers adapters that have weights")
+        raise AdapterError(f"{directory}: a tuned prompt; verify covers adapters that have weights")
     return directory
 
 
@@ -357,6 +384,21 @@ def _tensor_in(message: str) -> tuple[str, str]:
         r"base_model\.model\.([\w.]+?)\.(lora_[\w.]*\w|[a-z_]+)(?=[\s,;:)]|$)", message
     )
     return (match[1], match[2]) if match else ("", "")
+
+
+def _edited_module(model: Model, adapter: Path) -> str:
+    """The first module whose rank or scale was another in the settings that were saved."""
+    config, mark = adapter_config(model), read_metadata(adapter / TENSORS)[KEY]
+    then = parse(mark, str(adapter))["adapter"]["settings"]
+    known = {f.name for f in fields(config)}
+    try:
+        saved = replace(config, **{key: value for key, value in then.items() if key in known})
+    except (AdapterError, TypeError):  # whatever somebody wrote there
+        return ""
+    for name in adapter_layers(model):
+        if (saved.rank(name), saved.scaling(name)) != (config.rank(name), config.scaling(name)):
+            return name
+    return ""
 
 
 def _notes_on(directory: Path) -> list[str]:

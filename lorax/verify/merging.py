@@ -34,7 +34,7 @@ from lorax.adapters.inject import (
     embedding_weight,
     require_adapter,
 )
-from lorax.adapters.merge import take_route
+from lorax.adapters.merge import gained_biases, take_route
 from lorax.adapters.routes import (
     DTYPES,
     LayerCost,
@@ -268,8 +268,8 @@ def open_laboratory(
         check_base: as in `load_adapter`.
 
     Raises:
-        AdapterError: a prompt, which no weights can hold. UsageError: `original` is another kind of
-            model, or quantized too. And all that `open_model` raises.
+        AdapterError: a prompt, or a bias, which no weights can hold. UsageError: `original` is
+            another kind of model, or quantized too. And all that `open_model` raises.
     """
     _refuse_prompts(adapter)
     if quantization is None or dtype == "auto":
@@ -288,6 +288,7 @@ def open_laboratory(
         needs_adapter=True,
         check_base=check_base,
     )
+    gained_biases(require_adapter(model))  # what cannot be written is not compared either
     return Laboratory(model, _original(model, original)), tokenizer
 
 

@@ -15,6 +15,8 @@ from rich.table import Table
 from lorax.errors import EnvironmentProblem
 from lorax.verify.difference import Difference
 
+FINGERPRINT = "fingerprint"  # its refusal does not keep the two from being compared
+
 COLOURS = {  # of the quantities, in the order in which they are computed
     "quantizer": "#bbbbbb",
     "4-bit base": "#777777",
@@ -102,8 +104,9 @@ class Total:
 class Report:
     """lorax and PEFT over one adapter. It holds if every check does and neither side refused.
 
-    refusals: program -> why it would not load, or what it loaded instead; first_refused: the module
-    and tensor that a refusal names. notes: what else there is to know.
+    refusals: program -> why it would not load; or "fingerprint" -> what it says against the files,
+    and then they are compared nevertheless. refused_tensor: the module and tensor that a refusal
+    names. notes: what else there is to know.
     """
 
     adapter: str
@@ -128,7 +131,13 @@ class Report:
         if self.refusals:
             module, part = self.refused_tensor
             note = next(iter(self.refusals.values()))
-            return {"module": module, "quantity": "loading", "part": part, "note": note}
+            quantity = FINGERPRINT if FINGERPRINT in self.refusals else "loading"
+            return {"module": module, "quantity": quantity, "part": part, "note": note}
+        return self.first_failed
+
+    @property
+    def first_failed(self) -> dict[str, str] | None:
+        """The same of the comparison alone."""
         for check in self.checks:
             if not check.holds:
                 return {
@@ -156,15 +165,17 @@ class Report:
         first = self.first_difference
         if first is None:
             return "does not hold: nothing was compared"
-        where = ".".join(p for p in (first["module"], first["part"]) if p)
-        return f"does not hold: first at {where or 'the whole model'} ({first['quantity']})"
+        return f"does not hold: first at {_where(first)}"
 
     def __str__(self) -> str:
         lines = [f"{who}: {reason}" for who, reason in self.refusals.items()]
         lines += [f"note: {note}" for note in self.notes]
-        first = self.first_difference
-        if first is not None and first["note"] and not self.refusals:
+        first = self.first_failed
+        if first is not None and first["note"]:
             lines.append(f"why: {first['note']}")
+        if self.refusals and self.checks:
+            agree = f"all {len(self.checks)} parts agree between lorax and PEFT"
+            lines.append(f"these files: {agree if first is None else f'first at {_where(first)}'}")
         return "\n".join([*lines, self.first_line])
 
     def as_dict(self) -> dict[str, Any]:
@@ -215,6 +226,11 @@ class Report:
             path.write_text(page, encoding="utf-8")
         except OSError as error:
             raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _where(first: dict[str, str]) -> str:
+    where = ".".join(p for p in (first["module"], first["part"]) if p)
+    return f"{where or 'the whole model'} ({first['quantity']})"
 
 
 def number(value: float | None) -> str:

@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from lorax.adapters.inject import adapter_layers
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import merged_layer
+from lorax.adapters.replaced import replaced_parameters
+from lorax.formats.huggingface import as_stored
 from lorax.formats.peft import adapter_tensors
 from lorax.models import Model
+from lorax.models.gpt2 import GPT2
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.nf4 import FourBitTensor
 from lorax.training.loss import summed_loss
@@ -84,7 +87,18 @@ class Side(ABC):
 
     @abstractmethod
     def merged(self, path: str) -> dict[str, Tensor]:
-        """ "weight" (out, in) and "bias" of the module after merging, in the base's dtype."""
+        """ "weight" (out, in) and "bias" of the module after merging, in the base's dtype.
+
+        {} where merging changes nothing, or where the program cannot merge.
+        """
+
+    @abstractmethod
+    def base_tensors(self, path: str) -> dict[str, Tensor]:
+        """The base's weight and bias at that path, without what was trained in their place."""
+
+    @abstractmethod
+    def gradients(self) -> dict[str, Tensor]:
+        """Those of the adapter's tensors, by name, after a backward pass."""
 
     @abstractmethod
     def logits_and_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,14 +118,12 @@ class Side(ABC):
             yield from self._walk(child, f"{path}.{name}" if path else name)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The adapter's tensors; copies of the base's own weight that PEFT saves are left out."""
+        """The adapter's tensors; what PEFT saves of the base, or twice, is left out."""
         named = {n.removeprefix(PREFIX): t for n, t in self.named_tensors().items()}
-        return {n: t for n, t in named.items() if not n.endswith(".base_layer.weight")}
+        return {n: t for n, t in named.items() if not is_copy(n)}
 
-    def base_tensors(self, path: str) -> dict[str, Tensor]:
-        """The base's weight and bias at that path."""
-        module = self.modules[path]
-        base = self.base_of(module) if self.is_adapted(module) else module
+    def weight_and_bias(self, base: nn.Module) -> dict[str, Tensor]:
+        """A module's own: "weight" (out, in), and "bias" where it has one."""
         bias = getattr(base, "bias", None)
         found = {"weight": self.weight(base).detach()}
         return found if bias is None else found | {"bias": bias.detach()}
@@ -129,16 +141,17 @@ class Side(ABC):
         finally:
             for hook in hooks:
                 hook.remove()
-        trained = {p.data_ptr(): p for p in self.root.parameters() if p.requires_grad}
         if loss.requires_grad:
             loss.backward()
-        gradients = {}
-        for name, tensor in self.tensors().items():
-            parameter = trained.get(tensor.data_ptr()) if tensor.numel() else None
-            if parameter is not None and parameter.grad is not None:
-                gradients[name] = parameter.grad.detach().clone()
+        gradients = {name: g.detach().clone() for name, g in self.gradients().items()}
         self.root.zero_grad()
         return Trace(outputs, logits.detach(), loss.item(), gradients)
+
+
+def is_copy(name: str) -> bool:
+    """Whether PEFT writes that tensor beside the adapter's own: the base's, or one once more."""
+    wrapped = ".original_module." in name or ".modules_to_save." in name
+    return wrapped or name.endswith(".base_layer.weight")
 
 
 def _keeper(outputs: dict[str, Tensor], path: str) -> Callable[..., None]:
@@ -156,6 +169,7 @@ class LoraxSide(Side):
         self.name = "lorax"
         self.root = self.model = model
         self.layers = adapter_layers(model)
+        self.replaced = {p: r for r in replaced_parameters(model) for p in r.places}
 
     def is_adapted(self, module: nn.Module) -> bool:
         """An AdapterLayer, of whatever variant."""
@@ -199,9 +213,40 @@ class LoraxSide(Side):
         return None if layer is None else layer.effective_weight().detach()
 
     def merged(self, path: str) -> dict[str, Tensor]:
-        """As `merge_adapter` would leave it."""
+        """As `merge_adapter` would leave it; what was trained as a whole stays."""
         layer = self.layers.get(path)
-        return {} if layer is None else _parameters(merged_layer(layer)[0])
+        if layer is not None:
+            return _parameters(merged_layer(layer)[0])
+        module = self.modules[path]
+        own = (f"{path}.{name}" for name, _ in module.named_parameters(recurse=False))
+        return _parameters(module) if any(name in self.replaced for name in own) else {}
+
+    def base_tensors(self, path: str) -> dict[str, Tensor]:
+        """As loaded; of a variant that starts inside the weight, what PEFT has for a base."""
+        layer = self.layers.get(path)
+        if layer is None:
+            found, place = self.weight_and_bias(self.modules[path]), path
+        else:
+            found, place = self.weight_and_bias(layer.base_layer), f"{path}.base_layer"
+            found["weight"] = layer.stored_base()
+        for name in found:
+            if f"{place}.{name}" in self.replaced:
+                found[name] = self.replaced[f"{place}.{name}"].original.detach()
+        return found
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of the layers' tensors, and of what is trained as a whole, as the file holds it."""
+        found = {}
+        for path, layer in self.layers.items():
+            for below, tensor in layer.tensors().items():
+                if tensor.grad is not None and tensor.numel():
+                    found[f"{path}.{below}"] = tensor.grad
+        for place, replacement in self.replaced.items():
+            whole = replacement.trained.grad
+            if whole is not None:
+                is_gpt2 = isinstance(self.model, GPT2)
+                found[place] = as_stored(place, whole) if is_gpt2 else whole
+        return found
 
     def logits_and_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The model's forward for the logits; training's own loss for the gradients."""
@@ -212,9 +257,7 @@ class LoraxSide(Side):
     def exact_weight(self, path: str) -> Tensor | None:
         """The effective weight computed in float64 from the same tensors."""
         layer = self.layers.get(path)
-        if layer is None:
-            return None
-        return copy.deepcopy(layer).double().effective_weight(torch.float64).detach()
+        return None if layer is None else layer.effective_weight(torch.float64).detach()
 
 
 class PeftSide(Side):
@@ -223,7 +266,7 @@ class PeftSide(Side):
     def __init__(self, model: Any, adapter: str = "default"):
         import peft
         from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
+        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
         from transformers.pytorch_utils import Conv1D
 
         self.name = f"peft {peft.__version__}"
@@ -231,16 +274,30 @@ class PeftSide(Side):
         self.root = model.get_base_model()
         self.adapter = adapter
         self._adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        self._saved = ModulesToSaveWrapper
         self._conv1d = Conv1D
+        self.originals: dict[str, nn.Module] = {}  # of what is trained as a whole; see _walk
+        self.notes: list[str] = []
+
+    def _walk(self, module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        """A module that is trained as a whole is its copy, under the original's path."""
+        if not isinstance(module, self._saved):
+            yield from super()._walk(module, path)
+            return
+        original: Any = module.original_module
+        for name, part in super()._walk(module.modules_to_save[self.adapter], path):
+            self.originals[name] = original.get_submodule(name.removeprefix(path).lstrip("."))
+            yield name, part
 
     def is_adapted(self, module: nn.Module) -> bool:
-        """A tuner's layer, or a module that is saved as a whole."""
+        """A tuner's layer, or the wrapper of single rows."""
         return isinstance(module, self._adapted)
 
     def base_of(self, module: nn.Module) -> nn.Module:
         """What stood there before."""
         inner: Any = _tuner(module)
-        return inner.get_base_layer() if hasattr(inner, "get_base_layer") else inner.original_module
+        found: nn.Module = inner.get_base_layer()
+        return found
 
     def named_tensors(self) -> dict[str, Tensor]:
         """As `save_pretrained` writes them."""
@@ -282,10 +339,12 @@ class PeftSide(Side):
             return None
         base = self.base_of(layer)
         if getattr(base.weight, "quant_state", None) is None:
-            return self._merge(layer.float()).get("weight")
+            merged = self._merge(path, layer.float()).get("weight")
+            if merged is not None:
+                return merged
         if not hasattr(layer, "get_delta_weight"):
             return None  # PEFT has no merge for this variant in 4 bits
-        weight = self.weight(base).float()
+        weight = self.weight(self.base_of(self.modules[path])).float()  # the copy's may be changed
         variant = layer.lora_variant.get(self.adapter)
         if variant is not None:
             return variant.merge_safe(layer, self.adapter, weight).detach()
@@ -294,7 +353,28 @@ class PeftSide(Side):
     def merged(self, path: str) -> dict[str, Tensor]:
         """As PEFT's own merge leaves a copy of the layer."""
         layer = self._copy(path)
-        return {} if layer is None else self._merge(layer)
+        if layer is not None:
+            return self._merge(path, layer)
+        return self.weight_and_bias(self.modules[path]) if path in self.originals else {}
+
+    def base_tensors(self, path: str) -> dict[str, Tensor]:
+        """As loaded; a bias that PEFT trains where it stands is the base's no more."""
+        module = self.modules[path]
+        base = self.base_of(module) if self.is_adapted(module) else module
+        found = self.weight_and_bias(self.originals.get(path, base))
+        if path not in self.originals and "bias" in found and base.bias.requires_grad:
+            del found["bias"]
+        return found
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By where the saved tensors lie in memory."""
+        trained = {p.data_ptr(): p for p in self.root.parameters() if p.requires_grad}
+        found = {}
+        for name, tensor in self.tensors().items():
+            parameter = trained.get(tensor.data_ptr()) if tensor.numel() else None
+            if parameter is not None and parameter.grad is not None:
+                found[name] = parameter.grad
+        return found
 
     def logits_and_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The model's forward; the loss from its logits in float64.
@@ -310,17 +390,19 @@ class PeftSide(Side):
         module = self.modules.get(path)
         return copy.deepcopy(module) if module is not None and self.is_adapted(module) else None
 
-    def _merge(self, module: nn.Module) -> dict[str, Tensor]:
+    def _merge(self, path: str, module: nn.Module) -> dict[str, Tensor]:
         inner: Any = _tuner(module)
         if not hasattr(inner, "merge"):
-            if not hasattr(inner, "modules_to_save"):
-                return {}  # PEFT has no merge for this variant
-            return _parameters(inner.modules_to_save[self.adapter])
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that 4 bits round: this is measured here
-            inner.merge()
-        base = self.base_of(module)
-        return _parameters(base) | {"weight": self.weight(base).detach()}
+            return {}  # PEFT has no merge for this variant
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that 4 bits round: this is measured here
+                inner.merge()
+        except RuntimeError as error:  # lora_bias where the base has no bias
+            said = f"PEFT does not merge {path}: {error}"
+            self.notes += [] if said in self.notes else [said]
+            return {}
+        return self.weight_and_bias(self.base_of(module))
 
 
 def _tuner(module: nn.Module) -> nn.Module:
