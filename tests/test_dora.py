@@ -345,6 +345,15 @@ def test_a_decoded_weight_is_used_again_and_never_another_s():
     for weight in (one, one, other, one, other, other):
         found = dequantize_into_scratch(weight, torch.float32)
         assert torch.equal(found, weight.dequantize(torch.float32))
+    other.absmax[0] = 5.0  # somebody tries something out
+    found = dequantize_into_scratch(other, torch.float32)
+    assert torch.equal(found, other.dequantize(torch.float32))
+    with torch.inference_mode():
+        third = lorax.quantize(torch.randn(64, 32), "nf4")
+        for scale in (1.0, 2.0):
+            third.absmax.fill_(scale)
+            found = dequantize_into_scratch(third, torch.float32)
+            assert torch.equal(found, third.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -42,12 +42,22 @@ def dequantize_into_scratch(weight: QuantizedTensor, dtype: torch.dtype) -> Tens
         with torch.inference_mode(False):
             buffers[key] = torch.empty(size, dtype=dtype, device=weight.device)
     out = buffers[key][:size].view(weight.shape)
-    if key in held and held[key]() is weight:  # a quantized weight does not change
+    versions = _versions(weight)
+    ref, then = held.get(key, (lambda: None, None))
+    if versions is not None and ref() is weight and then == versions:
         return out
     held.pop(key, None)
     weight.dequantize(out=out)
-    held[key] = weakref.ref(weight)
+    held[key] = weakref.ref(weight), versions
     return out
+
+
+def _versions(weight: QuantizedTensor) -> list[int] | None:
+    """How often each of its tensors was written to; None where torch does not count that."""
+    tensors = weight.tensors()
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return [tensor._version for tensor in tensors]
 
 
 class _FrozenLinear(torch.autograd.Function):
