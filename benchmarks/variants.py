@@ -178,23 +178,29 @@ def train_together(names: list[str], folder: Path, steps: int) -> dict[str, dict
     return found
 
 
-def training(folder: Path, variants: list[str], steps: int, at_once: int) -> dict[str, Any]:
-    """Every variant's figures, in groups of `at_once` processes, LoRA in each."""
-    write_pairs(folder / "data")
+def training(
+    folder: Path, variants: list[str], steps: int, at_once: int, held_out: int | None
+) -> None:
+    """Measure every variant, in groups of `at_once` processes, LoRA in each; kept by group."""
+    _, held_out_file = write_pairs(folder / "data")
+    rows = held_out_file.read_text(encoding="utf-8").splitlines(keepends=True)[:held_out]
+    held_out_file.write_text("".join(rows), encoding="utf-8")
+    measured = {"steps": steps, "held_out_rows": len(rows), "machine": sides.machine(*PACKAGES)}
     others = [name for name in variants if name != "LoRA"]
     groups = [others[i : i + at_once - 1] for i in range(0, len(others), at_once - 1)] or [[]]
-    found: dict[str, Any] = {}
+    first: dict[str, Any] = {}
     for number, group in enumerate(groups):
         inside = folder / f"group-{number}"
         inside.mkdir()
         for shared in ("model", "data"):
             (inside / shared).symlink_to(folder / shared)
-        for name, result in train_together(["LoRA", *group], inside, steps).items():
+        found = train_together(["LoRA", *group], inside, steps)
+        first = first or found["LoRA"]
+        for name, result in found.items():
             if "missing" not in result:
                 print(f"{name:20} {describe(result)}", flush=True)
-            found.setdefault(name, result)
-    measured = {"steps": steps, "machine": sides.machine(*PACKAGES)}
-    return {name: {**result, **measured} for name, result in found.items()}
+        found["LoRA"] = first  # of the first group, whatever the others say
+        keep("training", {n: {**result, **measured} for n, result in found.items()}, [*VARIANTS])
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -323,6 +329,7 @@ def main() -> None:
     parser.add_argument("--base", choices=BASES, action="append", help="for --part dora")
     parser.add_argument("--steps", type=int, default=60, help="of training")
     parser.add_argument("--timed-steps", type=int, default=9, help="of --part dora")
+    parser.add_argument("--held-out", type=int, help="rows to evaluate on, all if not given")
     parser.add_argument("--at-once", type=int, default=4, help="processes in a group, 2 or more")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -346,8 +353,8 @@ def main() -> None:
             keep("dora", dora(folder, options.base or list(BASES), options.timed_steps), [*BASES])
         if "training" in parts:
             chosen = options.variant or list(VARIANTS)
-            found = training(folder, chosen, options.steps, options.at_once)
-            content = keep("training", found, [*VARIANTS])
+            training(folder, chosen, options.steps, options.at_once, options.held_out)
+            content = json.loads((sides.RESULTS / f"{NAME}.json").read_text())
             draw(content["training"], sides.RESULTS / f"{NAME}.png")
 
 
