@@ -47,6 +47,7 @@ from lorax.training.recipe import Recipe
 NAME = "variants-cpu"
 PACKAGES = ("torch", "transformers", "peft")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BATCH = 4
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": LINEARS}
 
 # What differs from the recipe below, by key. Adding a variant is adding a line.
@@ -91,13 +92,13 @@ def recipe(variant: str, folder: Path, output: Path, steps: int) -> Recipe:
         "data": {
             "path": str(folder / "data" / "train.jsonl"),
             "eval_path": str(folder / "data" / "held-out.jsonl"),
-            "max_length": 256,
+            "max_length": 128,
         },
         "train": {
             "output_dir": str(output),
             "max_steps": steps,
-            "batch_size": 8,
-            "micro_batch_size": 8,
+            "batch_size": BATCH,
+            "micro_batch_size": BATCH,
             "learning_rate": 1e-3,
             "warmup_ratio": 0.1,
         },
@@ -182,10 +183,10 @@ def training(
     folder: Path, variants: list[str], steps: int, at_once: int, held_out: int | None
 ) -> None:
     """Measure every variant, in groups of `at_once` processes, LoRA in each; kept by group."""
-    _, held_out_file = write_pairs(folder / "data")
-    rows = held_out_file.read_text(encoding="utf-8").splitlines(keepends=True)[:held_out]
-    held_out_file.write_text("".join(rows), encoding="utf-8")
-    measured = {"steps": steps, "held_out_rows": len(rows), "machine": sides.machine(*PACKAGES)}
+    train_file, held_out_file = write_pairs(folder / "data")
+    first_rows(train_file, 10 * BATCH * steps)  # reading them costs each process as much as a step
+    evaluated = first_rows(held_out_file, held_out)
+    measured = {"steps": steps, "held_out_rows": evaluated, "machine": sides.machine(*PACKAGES)}
     others = [name for name in variants if name != "LoRA"]
     groups = [others[i : i + at_once - 1] for i in range(0, len(others), at_once - 1)] or [[]]
     first: dict[str, Any] = {}
@@ -201,6 +202,13 @@ def training(
                 print(f"{name:20} {describe(result)}", flush=True)
         found["LoRA"] = first  # of the first group, whatever the others say
         keep("training", {n: {**result, **measured} for n, result in found.items()}, [*VARIANTS])
+
+
+def first_rows(file: Path, count: int | None) -> int:
+    """Keep the file's first rows; how many there are then."""
+    rows = file.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+    file.write_text("".join(rows), encoding="utf-8")
+    return len(rows)
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -59,7 +59,8 @@ def main() -> None:
         err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
         sys.exit(error.exit_code if isinstance(error, LoraxError) else UsageError.exit_code)
     except KeyboardInterrupt as interrupt:
-        err.print("interrupted", *interrupt.args, markup=False, highlight=False, soft_wrap=True)
+        line = ": ".join(["interrupted", *map(str, interrupt.args)])
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
@@ -75,8 +76,8 @@ def train(
 ) -> None:
     """Train a recipe: lorax train recipe.toml --train.learning_rate 1e-4 --data.path my.jsonl
 
-    Any key of the recipe can be given by its path, and then wins over the file. --dry-run prints
-    all keys with their values.
+    Any key of the recipe can be given by its path, and then wins over the file. A value is
+    read as TOML: --adapter.target_modules '["q_proj", "v_proj"]'. --dry-run prints the plan.
 
     Parameters
     ----------

@@ -760,10 +760,11 @@ def test_a_format_that_peft_does_not_know_is_said(opened, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_pissa_on_smollm2(smollm2_gguf, tmp_path):
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_a_start_inside_smollm2(how, smollm2_gguf, tmp_path):
     folder, file = smollm2_gguf.rsplit("/", 1)
     base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
-    config = {"init_lora_weights": "pissa", "r": 8, "target_modules": ["q_proj", "v_proj"]}
+    config = {"init_lora_weights": how, "r": 8, "target_modules": ["q_proj", "v_proj"]}
     config["layers_to_transform"] = [0, 7, 15, 29]
     mine = lorax.load_model(smollm2_gguf)
     ids = tokens(1, 32, 49152)

@@ -119,7 +119,7 @@ def check_adapter(
         for key in settings
         if json.dumps(settings[key]) != json.dumps(then.get(key))
     ]
-    hint = "if the change is meant, load it with check_adapter=False and save it again"
+    hint = "if it is meant, lorax.load_adapter(..., check_adapter=False) and save_adapter again"
     if edited:
         raise AdapterError(f"{where}: changed since it was saved: {'; '.join(edited)}. {hint}")
     lines = _lines_by_name(tensors)
@@ -144,7 +144,7 @@ def check_base(found: Mapping[str, Any], model: nn.Module, where: str) -> None:
     now, then = quantization(model), found.get("quantization")
     name = getattr(model, "name_or_path", "") or "a model without files"
     ways = _different(stated["config"], _config(model))
-    hint = "load the adapter over its base, or with check_base=False if you know better"
+    hint = "load it over its base, or with check_base=False (--no-check-base) if you know better"
     if ways:
         raise AdapterError(
             f"{where}: trained over {stated.get('path')}, this is {name}, and their configs "
@@ -163,10 +163,11 @@ def check_base(found: Mapping[str, Any], model: nn.Module, where: str) -> None:
         )
     if now != then:
         log.warning(
-            "%s: trained over a base %s, loaded over one %s",
+            "%s: trained over a base %s, loaded over one %s; to have what was trained: %s",
             where,
             f"quantized as {then}" if then else "that was not quantized",
             f"quantized as {now}" if now else "that is not quantized",
+            f"quantization={then!r} (--quantization {then})" if then else "no quantization",
         )
 
 

@@ -100,7 +100,7 @@ def train(recipe: Recipe | str | Path, listener: Listener | None = None) -> Run:
         _train_steps(model, tokenizer, plan, metrics, listener)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"; metrics so far are in {output}, the {result_path(recipe).name} was not saved"
+            f"metrics so far are in {output}, the {result_path(recipe).name} was not saved"
         ) from None
     finally:
         metrics.close()
