@@ -315,11 +315,14 @@ def draw(variants: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, v in there.items():
-        area = 30 + v["trainable"] / 4e4
-        axes.scatter(v["over_lora"], v["eval_loss"], s=min(area, 900), alpha=0.6)
+    markers = "osD^v<>Ph*X"
+    for number, (name, v) in enumerate(there.items()):
+        size = min(30 + v["trainable"] / 4e4, 900)
         at = (v["over_lora"], v["eval_loss"])
-        axes.annotate(name, at, xytext=(6, 5), textcoords="offset points", fontsize=8)
+        axes.scatter(*at, s=size, alpha=0.7, label=name, marker=markers[number % len(markers)])
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    for handle in legend.legend_handles:
+        handle.set_sizes([40])
     steps = sorted({v["steps"] for v in there.values()})
     axes.set_xlabel("time of a step, of LoRA's")
     axes.set_ylabel("held-out loss (nats a token)")
