@@ -25,13 +25,12 @@ from lorax.adapters.merge import merged_layer
 from lorax.adapters.replaced import replaced_parameters
 from lorax.formats.huggingface import as_stored
 from lorax.formats.peft import adapter_tensors
+from lorax.formats.peft_directory import PREFIX
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.nf4 import FourBitTensor
 from lorax.training.loss import summed_loss
-
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
