@@ -144,7 +144,7 @@ def check_base(found: Mapping[str, Any], model: nn.Module, where: str) -> None:
     stated = found["base"]
     now, then = quantization(model), found.get("quantization")
     name = getattr(model, "name_or_path", "") or "a model without files"
-    ways = _different(stated["config"], _config(model))
+    ways = _different(_defaults(model) | stated["config"], _config(model))
     hint = "load it over its base, or with check_base=False (--no-check-base) if you know better"
     if ways:
         raise AdapterError(
@@ -245,8 +245,6 @@ def files_digest(path: str | Path) -> str:
 def _lines(files: ModelFiles) -> Iterator[str]:
     source = files.source
     for mine, theirs in files.names.items():
-        if mine == "lm_head.weight" and files.model.config.tie_word_embeddings:
-            continue  # equal to the embedding, or refused when the model is loaded
         if isinstance(source, GGUFFile):
             yield _line(mine, *source.stored(theirs))
             continue
@@ -288,6 +286,13 @@ def _config(model: nn.Module) -> dict[str, Any]:
     values: dict[str, Any] = dataclasses.asdict(config)
     values.pop("max_position_embeddings", None)  # where the context ends changes no number
     return {"kind": type(model).__name__, **json.loads(json.dumps(values))}
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """What options mean that an adapter does not state: it is older than they are."""
+    config: Any = model.config
+    stated = _config(model)
+    return {o.name: o.default for o in dataclasses.fields(config) if o.name in stated}
 
 
 def _different(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,8 @@ from torch import Tensor
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import FormatError, UnsupportedModel
 from lorax.formats.model_config import read_config
-from lorax.models.llama import Llama3Scaling, LlamaConfig, inverse_frequencies
+from lorax.models.llama import LlamaConfig
+from lorax.models.rope import Llama3Scaling, inverse_frequencies
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -167,7 +168,7 @@ class GGUFFile:
             "num_key_value_heads": self._fields.get("llama.attention.head_count_kv"),
             "head_dim": self._fields.get("llama.attention.key_length"),
             "rms_norm_eps": epsilon,
-            "rope_theta": self._fields.get("llama.rope.freq_base"),
+            "rope_theta": self._fields.get("llama.rope.freq_base", 10000.0),
             "max_position_embeddings": self._field("llama.context_length"),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
         }

@@ -6,6 +6,7 @@ plus one tensor. What bitsandbytes has quantized already stays in its few bits
 (`lorax.formats.bitsandbytes`).
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -26,31 +27,27 @@ from lorax.errors import (
     UsageError,
 )
 from lorax.formats import bitsandbytes, gguf_files, tokenizer_files
+from lorax.formats.beside import copy_generation, copy_papers
 from lorax.formats.directory import written_directory
 from lorax.formats.hub import find_model
 from lorax.formats.json_files import read_json
-from lorax.formats.model_config import (
-    DTYPES,
-    is_tied,
-    new_model,
-    read_config,
-    stated_dtype,
-    write_config,
-)
+from lorax.formats.model_config import DTYPES, new_model, read_config, stated_dtype
 from lorax.formats.safetensors_files import (
     FLOATS,
     MAX_SHARD_BYTES,
     open_checkpoint,
     write_checkpoint,
 )
+from lorax.formats.written_config import is_tied, write_config
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
+from lorax.models.origin import Origin
 from lorax.quant.formats import check_request, quantize
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.tensor import QuantizedTensor
 
 # Buffers that old checkpoints carry beside the weights.
-_NO_WEIGHTS = re.compile(r"(\.attn\.(bias|masked_bias)|\.rotary_emb\.inv_freq)$")
+_NO_WEIGHTS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 # GPT-2's Conv1D keeps these as (in, out).
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
@@ -108,7 +105,7 @@ def load_model(
             f"leave quantization={quantization!r} out"
         )
     _fill(files, wanted or files.dtype, device, quantization)
-    files.model.name_or_path = os.fspath(path)
+    files.model.name_or_path = os.path.expanduser(path)
     files.model.loaded_from = files.where.resolve()
     return files.model
 
@@ -132,24 +129,21 @@ class ModelFiles:
         stated = None if self.config is None else stated_dtype(self.config)
         return stated or self.source.dtype(self.names[self.model.embedding_name])
 
-    def read(self, mine: str) -> Tensor | None:
-        """A plain tensor by the model's name for it; None for a head that is the embedding.
+    def read(self, mine: str) -> Tensor:
+        """A plain tensor by the model's name for it.
 
         Raises:
-            FormatError: another shape, no floats, or a tied head that differs.
+            FormatError: another shape, or no floats.
         """
-        theirs = self.names[mine]
         shape = self.model.get_parameter(mine).shape
-        tensor = _shaped(self.source.read(theirs), mine, shape, self.model)
-        if mine == "lm_head.weight" and self.model.config.tie_word_embeddings:
-            embedding = self.source.read(self.names[self.model.embedding_name])
-            _check_tied(tensor, embedding, theirs)
-            return None
-        return tensor
+        return _shaped(self.source.read(self.names[mine]), mine, shape, self.model)
 
 
 def open_model_files(path: str | os.PathLike[str], revision: str | None = None) -> ModelFiles:
-    """Open a model directory, a .gguf file or a Hub id; nothing but names and config is read."""
+    """Open a model directory, a .gguf file or a Hub id.
+
+    Nothing but names and config is read, and a head that the config ties to the embedding.
+    """
     where = find_model(path, revision)
     if where.suffix == ".gguf":
         gguf = gguf_files.open_gguf(where)
@@ -160,7 +154,11 @@ def open_model_files(path: str | os.PathLike[str], revision: str | None = None) 
     model = new_model(read_config(found, str(where / "config.json")))
     plain = open_checkpoint(where)
     source = plain if bits is None else bitsandbytes.QuantizedFiles(plain, bits)
-    return ModelFiles(where, found, model, source, _match_names(model, source.names, where))
+    names = _match_names(model, source.names, where)
+    if model.config.tie_word_embeddings and "lm_head.weight" in names:
+        model = _tied_or_not(model, names, source)
+    model.origin = Origin(where.resolve(), found)
+    return ModelFiles(where, found, model, source, names)
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
@@ -180,7 +178,9 @@ def save_model(
 ) -> None:
     """Write a model directory that transformers opens; `path` must be missing or empty.
 
-    With a `tokenizer`, its files are written too. A quantized model is written in bitsandbytes'
+    With a `tokenizer`, its files are written too. What the directory that the model was loaded from
+    says beside the weights is kept: each key of config.json that still holds,
+    generation_config.json, the licence and the card. A quantized model is written in bitsandbytes'
     form, which transformers opens together with bitsandbytes, and lorax without it.
 
     Raises:
@@ -212,6 +212,10 @@ def save_model(
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer_files.write_tokenizer(tokenizer, directory)
+        if model.origin is not None:
+            copy_papers(model.origin.directory, directory)
+            ends = None if tokenizer is None else tokenizer.end_token_ids
+            copy_generation(model.origin.directory, directory, ends)
 
 
 def as_stored(name: str, weight: Tensor) -> Tensor:
@@ -259,12 +263,32 @@ def _match_names(model: Model, found: list[str], where: Path) -> dict[str, str]:
         if mine in names:
             raise FormatError(f"{where}: tensors {names[mine]} and {name} are one and the same")
         names[mine] = name
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:  # one of the two is enough
         expected.discard("lm_head.weight")
+        if model.embedding_name not in names and "lm_head.weight" in names:
+            names[model.embedding_name] = names.pop("lm_head.weight")
     missing = sorted(expected - set(names))
     if missing:
         raise FormatError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}")
     return names
+
+
+def _tied_or_not(model: Model, names: dict[str, str], source: TensorSource) -> Model:
+    """The model, its head tied unless the file holds another one than the embedding.
+
+    transformers, too, takes both as they are where they differ. A head equal to the embedding
+    leaves `names`.
+
+    Raises:
+        FormatError: the head is quantized, and so cannot be the embedding.
+    """
+    head = names["lm_head.weight"]
+    if isinstance(source, bitsandbytes.QuantizedFiles) and source.parts(head):
+        raise FormatError(f"{head} is quantized, although config.json ties it to the embedding")
+    if torch.equal(source.read(head), source.read(names[model.embedding_name])):
+        del names["lm_head.weight"]
+        return model
+    return new_model(dataclasses.replace(model.config, tie_word_embeddings=False))
 
 
 def _fill(
@@ -278,10 +302,7 @@ def _fill(
         if stored is not None:
             replace_module(model, module_name, _quantized_linear(stored.to(device), module, dtype))
             continue
-        tensor = files.read(mine)
-        if tensor is None:
-            continue
-        tensor = tensor.to(dtype=dtype, copy=True).to(device).contiguous()
+        tensor = files.read(mine).to(dtype=dtype, copy=True).to(device).contiguous()
         if quantization and parameter == "weight" and quantizable(module_name, module):
             weight = quantize(tensor, quantization, name=mine)
             replace_module(model, module_name, _quantized_linear(weight, module, dtype))
@@ -297,11 +318,7 @@ def _stored_weight(
     """The weight as the file has quantized it, or None where it is plain."""
     if not isinstance(files.source, bitsandbytes.QuantizedFiles):
         return None
-    stored = files.source.read_linear(files.names[mine], module, dtype)
-    tied = module is files.model.lm_head and files.model.config.tie_word_embeddings
-    if tied and stored is not None:
-        raise FormatError(f"{mine} is quantized, although config.json ties it to the embedding")
-    return stored
+    return files.source.read_linear(files.names[mine], module, dtype)
 
 
 def _quantized_linear(
@@ -327,11 +344,3 @@ def _shaped(tensor: Tensor, name: str, shape: torch.Size, model: Model) -> Tenso
             f"{name}: found {tuple(tensor.shape)} {tensor.dtype}; expected {tuple(shape)}, floating"
         )
     return tensor
-
-
-def _check_tied(head: Tensor, embedding: Tensor, name: str) -> None:
-    if not torch.equal(head, embedding):
-        raise FormatError(
-            f"{name} differs from the embedding, although config.json ties the two; "
-            "set tie_word_embeddings to false if the file is right"
-        )

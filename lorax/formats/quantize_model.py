@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import QuantizationError, UsageError
 from lorax.formats import bitsandbytes, gguf_files, tokenizer_files
-from lorax.formats.beside import copy_papers, copy_tokenizer
+from lorax.formats.beside import copy_generation, copy_papers, copy_tokenizer
 from lorax.formats.directory import check_free, written_directory
 from lorax.formats.huggingface import (
     ModelFiles,
@@ -32,13 +32,13 @@ from lorax.formats.huggingface import (
     open_model_files,
     quantizable,
 )
-from lorax.formats.model_config import write_config
 from lorax.formats.safetensors_files import (
     MAX_SHARD_BYTES,
     ShardWriter,
     TensorFiles,
     by_module,
 )
+from lorax.formats.written_config import write_config
 from lorax.models.gpt2 import GPT2
 from lorax.quant.formats import check_request, quantize
 from lorax.quant.tensor import QuantizedTensor
@@ -102,7 +102,7 @@ def quantize_model(
         FormatError: as in `load_model`. EnvironmentProblem: the disk is full or refuses.
         After any of them nothing is left behind.
     """
-    output = Path(output)
+    output = Path(output).expanduser()
     _check(output, format, block_size, max_shard_bytes)
     wanted = as_dtype(dtype)
     files = open_model_files(path, revision)
@@ -116,7 +116,10 @@ def quantize_model(
         for tensors in _quantized(files, format, block_size, wanted, counts, progress):
             writer.add(tensors)
         writer.finish()
-        config = _config(files, counts, wanted)
+        config = write_config(files.model, wanted)
+        config["quantization_config"] = bitsandbytes.quantization_config(
+            counts.formats, counts.plain, wanted
+        )
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         after = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
         _bring_tokenizer(files.where, tokenizer, directory)
@@ -167,9 +170,8 @@ def _quantized(
     for group in by_module(files.names):
         tensors: dict[str, Tensor] = {}
         for mine in group:
-            tensor = files.read(mine)
-            if tensor is not None:
-                tensors |= _converted(files, mine, tensor.to(dtype), format, block_size, counts)
+            tensor = files.read(mine).to(dtype)
+            tensors |= _converted(files, mine, tensor, format, block_size, counts)
             del tensor
             done += 1
             if progress is not None:
@@ -200,20 +202,6 @@ def _converted(
     return {mine: tensor.clone()}  # its own memory: what was read may be a part of something larger
 
 
-def _config(files: ModelFiles, counts: _Counts, dtype: torch.dtype) -> dict[str, Any]:
-    """The source's config.json with all that it says, its dtype and how it is quantized."""
-    name = str(dtype).removeprefix("torch.")
-    if files.config is None:
-        config = {**write_config(files.model), "torch_dtype": name}
-    else:
-        key = "dtype" if "dtype" in files.config else "torch_dtype"
-        config = {**files.config, key: name}
-    config["quantization_config"] = bitsandbytes.quantization_config(
-        counts.formats, counts.plain, dtype
-    )
-    return config
-
-
 def _gguf_tokenizer(files: ModelFiles) -> Tokenizer | None:
     """The tokenizer inside a .gguf file, decoded before any work is done: it may be refused."""
     if isinstance(files.source, gguf_files.GGUFFile):
@@ -227,6 +215,7 @@ def _bring_tokenizer(where: Path, tokenizer: Tokenizer | None, directory: Path) 
         return
     copy_tokenizer(where, directory)
     copy_papers(where, directory)
+    copy_generation(where, directory)
 
 
 def _size(files: ModelFiles) -> int:

@@ -38,20 +38,41 @@ class KVCache:
         self.length += tokens
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V, each query seeing the keys up to its own place.
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(Q K^T * scale) V, each query seeing the keys up to its own place.
 
     query (B, H, T, D); key and value (B, K, S, D) with S >= T: the queries are the last T of the S
     places, and query head h reads key head h // (H / K). Gives (B, H, T, D).
+
+    window: how many places a query sees, its own included; None is all.
+    scale: None is 1 / sqrt(D).
     """
-    grouped = query.shape[1] != key.shape[1]
-    T, S = query.shape[2], key.shape[2]
-    if T == S:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    T = query.shape[2]
+    if window is not None and key.shape[2] > window + T - 1:  # what no query here sees
+        key, value = (x[:, :, -(window + T - 1) :] for x in (key, value))
+    S = key.shape[2]
+    windowed = window is not None and window < S
     mask = None
-    if T > 1:
+    if T > 1 and (T != S or windowed):
         mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
-    return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
+        if window is not None:
+            mask = mask.triu(S - T - window + 1)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        mask,
+        is_causal=T == S and not windowed,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

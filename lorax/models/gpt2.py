@@ -3,7 +3,7 @@
     x = wte[ids] + wpe[0 ... T]                                 (B, T, C)
     for each block:
         x = x + c_proj(attention(c_attn(ln_1(x))))              c_attn gives query, key and value
-        x = x + c_proj(gelu(c_fc(ln_2(x))))
+        x = x + c_proj(gelu(c_fc(ln_2(x))))                     or another activation
     logits = lm_head(ln_f(x))                                   (B, T, V)
 
 Parameter names are transformers' `GPT2LMHeadModel`'s, but every weight is (out, in): its Conv1D
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorax.models.activations import ACTIVATIONS
 from lorax.models.attention import KVCache, causal_attention, merge_heads, split_heads
+from lorax.models.origin import Origin
 from lorax.models.prefix import Prefix
 
 
@@ -35,6 +36,9 @@ class GPT2Config:
     n_inner: int = 3072
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True
+    activation_function: str = "gelu_new"
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
 
 
 class GPT2(nn.Module):
@@ -47,6 +51,7 @@ class GPT2(nn.Module):
         self.config = config
         self.name_or_path = ""  # where it was loaded from, for the files that point back to it
         self.loaded_from: Path | None = None  # its files; None once its weights are not theirs
+        self.origin: Origin | None = None  # its files still, for what they say beside the weights
         self.transformer = GPT2Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
@@ -138,6 +143,9 @@ class GPT2Attention(nn.Module):
         super().__init__()
         self.index = index
         self.head_dim = config.n_embd // config.n_head
+        self.scale = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= index + 1
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
@@ -147,16 +155,18 @@ class GPT2Attention(nn.Module):
         )  # each (B, H, T, D)
         if cache is not None:
             key, value = cache.append(self.index, key, value)
-        return self.c_proj(merge_heads(causal_attention(query, key, value)))
+        attended = causal_attention(query, key, value, scale=self.scale)
+        return self.c_proj(merge_heads(attended))
 
 
 class GPT2MLP(nn.Module):
-    """Two Linears around GELU in its tanh form."""
+    """Two Linears around an activation: GELU in its tanh form, if the config names no other."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
+        self.activation = ACTIVATIONS[config.activation_function]
         self.c_fc = nn.Linear(config.n_embd, config.n_inner)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(self.activation(self.c_fc(x)))

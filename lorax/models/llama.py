@@ -1,4 +1,4 @@
-"""Llama, and what is built like it: Llama 2 and 3.x, SmolLM, TinyLlama, Mistral without window.
+"""Llama, and what is built like it: Llama 2 and 3.x, SmolLM, TinyLlama; Mistral with its window.
 
     x = embed_tokens[ids]                                       (B, T, C)
     for each layer:
@@ -7,31 +7,23 @@
     logits = lm_head(norm(x))                                   (B, T, V)
 
 Touvron et al. 2023 (arXiv:2302.13971): RMSNorm before each half, rotary positions
-(arXiv:2104.09864), SwiGLU (arXiv:2002.05202). Parameter names are those of transformers'
-`LlamaForCausalLM`.
+(lorax/models/rope.py), SwiGLU (arXiv:2002.05202). In Mistral (arXiv:2310.06825) a token sees no
+more than `sliding_window` tokens, itself included. Parameter names are those of transformers'
+`LlamaForCausalLM`. The dropout of attention that a config may ask for in training is left out.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorax.models.activations import ACTIVATIONS
 from lorax.models.attention import KVCache, causal_attention, merge_heads, split_heads
+from lorax.models.origin import Origin
 from lorax.models.prefix import Prefix
-
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's stretching of the slow rotations, so that a longer context is told apart."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+from lorax.models.rope import DynamicScaling, Llama3Scaling, YarnScaling, rotate, rotations
 
 
 @dataclass(frozen=True)
@@ -49,10 +41,14 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # "linear" scaling: positions are divided by it
     llama3_scaling: Llama3Scaling | None = None
+    dynamic_scaling: DynamicScaling | None = None
+    yarn_scaling: YarnScaling | None = None
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    hidden_act: str = "silu"
+    sliding_window: int | None = None
 
 
 class Llama(nn.Module):
@@ -65,14 +61,18 @@ class Llama(nn.Module):
         self.config = config
         self.name_or_path = ""  # where it was loaded from, for the files that point back to it
         self.loaded_from: Path | None = None  # its files; None once its weights are not theirs
+        self.origin: Origin | None = None  # its files still, for what they say beside the weights
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     @property
     def max_positions(self) -> int:
-        """How many tokens the positions cover."""
-        return self.config.max_position_embeddings - self.model.prefix.length
+        """How many tokens the positions cover; growing rotations stretch that by their factor."""
+        places = self.config.max_position_embeddings
+        if self.config.dynamic_scaling is not None:
+            places = int(places * self.config.dynamic_scaling.factor)
+        return places - self.model.prefix.length
 
     def tie_weights(self) -> None:
         """Let the head be the embedding where the config says so."""
@@ -156,6 +156,7 @@ class LlamaAttention(nn.Module):
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
+        self.window = config.sliding_window
         C, bias = config.hidden_size, config.attention_bias
         query_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
@@ -170,21 +171,23 @@ class LlamaAttention(nn.Module):
         value = split_heads(self.v_proj(x), self.head_dim)
         if cache is not None:
             key, value = cache.append(self.index, key, value)  # (B, K, S, D)
-        return self.o_proj(merge_heads(causal_attention(query, key, value)))
+        attended = causal_attention(query, key, value, window=self.window)
+        return self.o_proj(merge_heads(attended))
 
 
 class LlamaMLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU, or the same with another activation."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.gate_proj = nn.Linear(C, inner, bias=bias)
         self.up_proj = nn.Linear(C, inner, bias=bias)
         self.down_proj = nn.Linear(inner, C, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class RMSNorm(nn.Module):
@@ -199,32 +202,3 @@ class RMSNorm(nn.Module):
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
-
-
-def inverse_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
-    """How far each pair of a head turns with one position: (D / 2,) float32, in radians."""
-    D = config.head_dim
-    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D
-    frequencies = 1.0 / config.rope_theta**exponents / config.rope_factor
-    scaling = config.llama3_scaling
-    if scaling is None:
-        return frequencies
-    # Waves longer than the trained context are stretched, short ones left, those between blended.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
-    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
-
-
-def rotations(config: LlamaConfig, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for positions start ... start + length: each (T, D) in `like`'s dtype."""
-    positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
-    angles = torch.outer(positions, inverse_frequencies(config, like.device))
-    angles = torch.cat([angles, angles], dim=1)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D / 2) of x (B, heads, T, D) by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
