@@ -67,8 +67,9 @@ def llama(**changes):
     return randomize(LlamaForCausalLM(LlamaConfig(**{**LLAMA, **changes})))
 
 
-def mistral():
-    return randomize(MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=None)))
+def mistral(**changes):
+    options = {**LLAMA, "sliding_window": None, **changes}
+    return randomize(MistralForCausalLM(MistralConfig(**options)))
 
 
 def gpt2(**changes):

@@ -130,15 +130,7 @@ def test_rope_in_the_dialect_of_transformers_4(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"model_type": "qwen2"}, "qwen2"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
-        ({"model_type": "mistral"}, "sliding_window"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-    ],
+    ("change", "word"), [({"quantization_config": {"quant_method": "gptq"}}, "gptq")]
 )
 def test_what_is_not_covered_is_refused_by_name(change, word, tmp_path):
     llama().save_pretrained(tmp_path)
@@ -163,14 +155,6 @@ def test_tensors_that_do_not_fit_are_named(what, tmp_path):
         tensors[name] = torch.zeros(3)
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(FormatError, match=name.replace(".", r"\.")):
-        lorax.load_model(tmp_path)
-
-
-def test_a_head_that_config_ties_but_the_file_does_not_is_refused(tmp_path):
-    llama(tie_word_embeddings=False).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
-    with pytest.raises(FormatError, match="lm_head"):
         lorax.load_model(tmp_path)
 
 

@@ -4,6 +4,11 @@ The files go into a hidden directory beside the target; each is flushed to the d
 puts it in place. Where the target is there already, its files are replaced one by one, each by a
 rename. What goes wrong on the way (a full disk, a missing permission) leaves no litter, and the
 target as it was.
+
+A target that is a link to a directory, a mount (a container's volume), or lies where nobody may
+write cannot be renamed over, and what lies beside it may be on another disk. There the hidden
+directory is inside the target, and its files move up one by one, config files last: a directory
+without them is taken for no model and no adapter.
 """
 
 import os
@@ -23,26 +28,27 @@ def written_directory(target: Path | str, *, replace: bool = False) -> Iterator[
     """Give a directory to write into; on leaving, it becomes `target`.
 
     Args:
-        target: may be missing or empty; with `replace` it may hold files, and those of the same
-            names are replaced.
+        target: may be missing or empty, a link to a directory, or a mount; with `replace` it may
+            hold files, and those of the same names are replaced. `~` stands for one's home.
         replace: see above.
 
     Raises:
         UsageError: `target` is a file, or a directory with something in it and no `replace`.
         EnvironmentProblem: the disk is full or refuses.
     """
-    target = Path(target)
+    target = Path(target).expanduser()
     if not replace or not target.is_dir():
         check_free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
+        home = _same_disk(target)
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
     except OSError as error:
         raise EnvironmentProblem(f"{target}: cannot be written ({error.strerror})") from None
     try:
         yield temporary
         _settle(temporary)
-        _move(temporary, target)
+        _move(temporary, target, home)
     except (OSError, SafetensorError) as error:
         raise EnvironmentProblem(f"{target}: could not be written ({error})") from None
     finally:
@@ -52,13 +58,24 @@ def written_directory(target: Path | str, *, replace: bool = False) -> Iterator[
 def check_free(target: Path) -> None:
     """Refuse a path where something is already; a missing or empty directory is free.
 
+    `lost+found`, which lies in each new file system, counts as nothing.
+
     Raises:
         UsageError: see above.
     """
+    target = target.expanduser()
     if (target.is_symlink() or target.exists()) and not target.is_dir():
         raise UsageError(f"{target}: is a file; expected a directory to write")
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_dir() and any(path.name != "lost+found" for path in target.iterdir()):
         raise UsageError(f"{target}: is not empty; choose another directory or remove it")
+
+
+def _same_disk(target: Path) -> Path:
+    """Where to write so that a rename leads into the target: beside it, or inside."""
+    if not target.is_dir():
+        return target.parent
+    is_fixed = target.is_symlink() or target.is_mount() or not os.access(target.parent, os.W_OK)
+    return target if is_fixed else target.parent
 
 
 def _settle(directory: Path) -> None:
@@ -73,19 +90,19 @@ def _settle(directory: Path) -> None:
     _sync(directory)
 
 
-def _move(temporary: Path, target: Path) -> None:
-    if target.exists() and any(target.iterdir()):
-        _replace_files(temporary, target)
+def _move(temporary: Path, target: Path, home: Path) -> None:
+    if target.exists() and any(target.iterdir()):  # in there may be no more than `temporary`
+        _replace_files(temporary, target, home)
         _sync(target)
     else:
         os.rename(temporary, target)
     _sync(target.parent)
 
 
-def _replace_files(temporary: Path, target: Path) -> None:
+def _replace_files(temporary: Path, target: Path, home: Path) -> None:
     """Move each file over the one of its name; where one fails, put the old ones back."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as aside:
-        new = sorted(path.name for path in temporary.iterdir())
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=home) as aside:
+        new = sorted((path.name for path in temporary.iterdir()), key=_configs_last)
         for name in new:
             if (target / name).exists():
                 shutil.copy2(target / name, aside)
@@ -101,6 +118,10 @@ def _replace_files(temporary: Path, target: Path) -> None:
                 else:
                     (target / name).unlink(missing_ok=True)
             raise
+
+
+def _configs_last(name: str) -> tuple[bool, str]:
+    return name in ("config.json", "adapter_config.json"), name
 
 
 def _sync(path: Path) -> None:

@@ -152,7 +152,7 @@ def open_model_files(path: str | os.PathLike[str], revision: str | None = None) 
     found = read_json(where / "config.json")
     bits = bitsandbytes.stored_bits(found, str(where))
     model = new_model(read_config(found, str(where / "config.json")))
-    plain = open_checkpoint(where)
+    plain = open_checkpoint(where, os.path.expanduser(path))
     source = plain if bits is None else bitsandbytes.QuantizedFiles(plain, bits)
     names = _match_names(model, source.names, where)
     if model.config.tie_word_embeddings and "lm_head.weight" in names:

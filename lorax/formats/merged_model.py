@@ -36,6 +36,7 @@ def write_merged(
         EnvironmentProblem: the disk is full or refuses.
     """
     assert not adapter_layers(model)
+    path = path.expanduser()
     with written_directory(path) as directory:
         save_model(model, directory, tokenizer=tokenizer)
         if residuals:

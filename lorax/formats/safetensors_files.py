@@ -73,18 +73,19 @@ class TensorFiles:
             return tuple(file.get_slice(name).get_shape())
 
 
-def open_checkpoint(directory: Path) -> TensorFiles:
+def open_checkpoint(directory: Path, name: str | None = None) -> TensorFiles:
     """Open a model directory's `model.safetensors`, or the shards that its index names.
 
+    name: what the user calls the model, where that is not its directory.
+
     Raises:
-        FormatError: neither is there, a shard is missing, or a name in the index leaves the
-            directory.
+        FormatError: neither is there (pickles are not opened: the message says how to convert
+            them), a shard is missing, or a name in the index leaves the directory.
     """
     if (directory / SINGLE).is_file():
         return TensorFiles([directory / SINGLE])
     if not (directory / INDEX).is_file():
-        pickles = sorted(directory.glob("*.bin"))
-        hint = f"; {pickles[0].name} is a pickle, which lorax does not open" if pickles else ""
+        hint = _hint(directory, name or str(directory))
         raise FormatError(f"{directory}: neither {SINGLE} nor {INDEX} is there{hint}")
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -99,6 +100,18 @@ def open_checkpoint(directory: Path) -> TensorFiles:
         odd = sorted(set(files.names) ^ set(weight_map))[0]
         raise FormatError(f"{directory / INDEX}: tensor {odd} is in the index or in a shard only")
     return files
+
+
+def _hint(directory: Path, name: str) -> str:
+    """What to do about pickles, which lorax does not open: they can run any code."""
+    pickles = sorted(file.name for file in directory.glob("*.bin"))
+    what = f"{pickles[0]} is a pickle" if pickles else "pytorch_model.bin would be a pickle"
+    return (
+        f"; {what}, which lorax does not open because it can run code. If you trust it, let "
+        "transformers convert it: from transformers import AutoModelForCausalLM, AutoTokenizer; "
+        f"AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained('converted'); "
+        f"AutoTokenizer.from_pretrained({name!r}).save_pretrained('converted')"
+    )
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
