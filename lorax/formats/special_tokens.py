@@ -151,12 +151,17 @@ def _take_map(values: dict[str, Any], path: Path) -> None:
     """Lay special_tokens_map.json over the config's values; lists of extra tokens are joined."""
     found = read_json(path, constants=True) if path.is_file() else {}
     for key, value in found.items():
-        if key == _EXTRA and isinstance(value, list):
-            first = values.get(key)
-            value = [*(first if isinstance(first, list) else []), *value]
-        elif isinstance(value, dict) and key != _EXTRA:
-            value = {**value, "special": True}
+        if isinstance(value, list):
+            first = values.get(key) if key == _EXTRA else None
+            value = [*(first if isinstance(first, list) else []), *map(_marked, value)]
+        elif key != _EXTRA:
+            value = _marked(value)
         values[key] = value
+
+
+def _marked(value: Any) -> Any:
+    """A written-out token, special: the map has no others, and does not say so."""
+    return {**value, "special": True} if isinstance(value, dict) else value
 
 
 def _old_added(values: Mapping[str, Any], path: Path) -> dict[int, AddedToken]:
