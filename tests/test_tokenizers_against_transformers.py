@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -495,3 +496,53 @@ def test_templates_see_all_special_tokens(tmp_path):
     messages = [{"role": "user", "content": "x"}]
     want = theirs.apply_chat_template(messages, tokenize=False)
     assert mine.apply_chat_template(messages) == want == "<|endoftext|><old><image>"
+
+
+# Hostile files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "tokenizer.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+        "config.json",
+        "chat_template.json",
+    ],
+)
+def test_only_loraxerror_escapes_from_mutated_files(tmp_path, name):
+    from test_hostile_files import mutated
+
+    files = {
+        "special_tokens_map": {"eos_token": old("</s>"), "extra_special_tokens": ["<tool>"]},
+        "added_tokens": {"<tool>": 400},
+        "config": {"model_type": "llama", "eos_token_id": 2},
+        "chat_template": {"chat_template": [{"name": "default", "template": "x"}]},
+    }
+    if name == "tokenizer_config.json":
+        files["tokenizer_config"] = LLAMA | {"added_tokens_decoder": {"2": flat("</s>")}}
+    else:
+        files["tokenizer_config"] = {"tokenizer_class": "LlamaTokenizer"}
+    if name in ("vocab.json", "merges.txt"):
+        files["tokenizer_config"] = {"tokenizer_class": "GPT2Tokenizer"}
+        slow_bytes(tmp_path, **files)
+    elif name == "tokenizer.model":
+        slow_pieces(tmp_path, **files)
+    else:
+        write(tmp_path, llama2_backend(), **files)
+    lorax.load_tokenizer(tmp_path)
+    content, chance, refused = (tmp_path / name).read_bytes(), random.Random(name), 0
+    for number in range(60):
+        (tmp_path / name).write_bytes(mutated(content, chance))
+        try:
+            lorax.load_tokenizer(tmp_path).encode("a text")
+        except lorax.LoraxError:
+            refused += 1
+        except BaseException as error:
+            pytest.fail(f"mutation {number}: {error!r}")
+    assert refused
