@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -11,14 +12,20 @@ import tokenizers
 from lorax.data.templates import ChatTemplate, Rendered
 from lorax.errors import TemplateError, UsageError
 
+_NO_TOKENS = {"bos_token": "", "eos_token": "", "pad_token": "", "unk_token": ""}
+
 
 class Tokenizer:
     """Text to token ids and back.
 
     backend: the `tokenizers.Tokenizer` that does the work.
-    bos_token, eos_token, pad_token: special tokens, or None.
+    bos_token, eos_token, pad_token, unk_token: special tokens, or None.
+    other_tokens: further special tokens by name, as "image_token"; templates may use them.
+    extra_special_tokens: further ones without a name.
     chat_template: Jinja source, or None.
+    named_templates: all chat templates by name; the one above is "default".
     end_token_ids: where generation stops; the eos token is always among them.
+    files: the directory that it was read from, or None.
     """
 
     def __init__(
@@ -28,14 +35,24 @@ class Tokenizer:
         bos_token: str | None = None,
         eos_token: str | None = None,
         pad_token: str | None = None,
+        unk_token: str | None = None,
+        other_tokens: Mapping[str, str] | None = None,
+        extra_special_tokens: Sequence[str] = (),
         chat_template: str | None = None,
+        named_templates: Mapping[str, str] | None = None,
         end_token_ids: Sequence[int] = (),
+        files: Path | None = None,
     ):
         self.backend = backend
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.pad_token = pad_token
+        self.unk_token = unk_token
+        self.other_tokens = dict(other_tokens or {})
+        self.extra_special_tokens = list(extra_special_tokens)
         self.chat_template = chat_template
+        self.named_templates = dict(named_templates or {})
+        self.files = files
         eos = [] if self.eos_token_id is None else [self.eos_token_id]
         self.end_token_ids = tuple(dict.fromkeys([*eos, *end_token_ids]))
 
@@ -63,6 +80,13 @@ class Tokenizer:
                 return token_id
         return 0
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The named special tokens that there are, by name: what templates may use."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        found = {name: getattr(self, name) for name in names} | self.other_tokens
+        return {name: token for name, token in found.items() if token is not None}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; with what the tokenizer's own rules put around a text (often a bos token).
 
@@ -88,7 +112,7 @@ class Tokenizer:
     def prefix(self) -> list[int]:
         """What stands before every text: [bos] or nothing."""
         ids = self.backend.encode("a", add_special_tokens=True).ids
-        return ids[:1] if self.bos_token_id is not None and ids[0] == self.bos_token_id else []
+        return ids[:1] if self.bos_token_id is not None and ids[:1] == [self.bos_token_id] else []
 
     def apply_chat_template(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
@@ -116,9 +140,7 @@ class Tokenizer:
         return self._template.render(
             messages=list(messages),
             add_generation_prompt=add_generation_prompt,
-            bos_token=self.bos_token or "",
-            eos_token=self.eos_token or "",
-            pad_token=self.pad_token or "",
+            **(_NO_TOKENS | self.special_tokens),
         )
 
     @cached_property

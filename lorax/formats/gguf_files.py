@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import FormatError, UnsupportedModel
+from lorax.formats.gguf_tokenizer import build_tokenizer
 from lorax.formats.model_config import read_config
 from lorax.models.llama import LlamaConfig
 from lorax.models.rope import Llama3Scaling, inverse_frequencies
@@ -45,13 +44,6 @@ _ROPE_FACTORS = "rope_freqs.weight"
 # The two settings of Llama 3.1 and 3.2, of which a GGUF keeps the outcome only.
 _LLAMA3 = (Llama3Scaling(8.0, 1.0, 4.0, 8192), Llama3Scaling(32.0, 1.0, 4.0, 8192))
 
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_CONTROL, _USER_DEFINED = 3, 4  # ggml's kinds of tokens
-
 
 def open_gguf(path: Path) -> GGUFFile:
     """Open a .gguf file of a Llama.
@@ -62,22 +54,21 @@ def open_gguf(path: Path) -> GGUFFile:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import gguf
+            from lorax.formats.gguf_reader import FastReader
 
-            reader = gguf.GGUFReader(path)
-            short = {n: f.contents() for n, f in reader.fields.items() if len(f.data) <= 1}
+            reader = FastReader(path)
+            fields = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the reader has no error class of its own
         raise FormatError(f"{path}: not a readable GGUF file ({error!r})") from None
-    return GGUFFile(path, short, {tensor.name: tensor for tensor in reader.tensors}, reader)
+    return GGUFFile(path, fields, {tensor.name: tensor for tensor in reader.tensors})
 
 
 class GGUFFile:
     """An open file: its config, its tensors under Hugging Face's names, its tokenizer."""
 
-    def __init__(self, path: Path, fields: dict[str, Any], tensors: dict[str, Any], reader: Any):
+    def __init__(self, path: Path, fields: dict[str, Any], tensors: dict[str, Any]):
         self.path = path
-        self._fields = fields  # those of one value; the vocabulary takes seconds to decode
-        self._reader = reader
+        self._fields = fields
         self._tensors = {_hf_name(name): t for name, t in tensors.items() if name != _ROPE_FACTORS}
         self.config = self._read_config(tensors.get(_ROPE_FACTORS))
 
@@ -119,16 +110,8 @@ class GGUFFile:
         return tensor
 
     def tokenizer(self) -> Tokenizer:
-        """The byte-level BPE tokenizer in the file's metadata."""
-        fields = dict(self._fields)
-        for name in ("tokens", "token_type", "merges"):
-            field = self._reader.fields.get(f"tokenizer.ggml.{name}")
-            if field is not None:
-                try:
-                    fields[f"tokenizer.ggml.{name}"] = field.contents()
-                except Exception as error:  # bytes that are no UTF-8, numbers for offsets
-                    raise FormatError(f"{self.path}: {name} is damaged ({error})") from None
-        return _build_tokenizer(fields, str(self.path))
+        """The tokenizer in the file's metadata."""
+        return build_tokenizer(self._fields, str(self.path))
 
     def _rows(self, name: str) -> int:
         config = self.config
@@ -202,71 +185,3 @@ def _unpermute(weight: Tensor, heads: int) -> Tensor:
     """Rows of each head from (0, D/2, 1, D/2 + 1, ...) back to (0, 1, 2, ...)."""
     rows, width = weight.shape
     return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
-
-
-def _build_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
-    kind = fields.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise UnsupportedModel(
-            f"{where}: a tokenizer of kind {kind!r}; only byte-level BPE (gpt2) is read from GGUF, "
-            "so load the tokenizer from the model's Hugging Face directory"
-        )
-    try:
-        tokens: list[str] = fields["tokenizer.ggml.tokens"]
-        kinds: list[int] = fields["tokenizer.ggml.token_type"]
-        merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-        special = {
-            key: tokens[fields[f"tokenizer.ggml.{name}_token_id"]]
-            for key, name in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))
-            if f"tokenizer.ggml.{name}_token_id" in fields
-        }
-        template = fields.get("tokenizer.chat_template")
-        if template is not None and not isinstance(template, str):
-            raise ValueError("the chat template is no text")
-        backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-        backend.pre_tokenizer = _pre_tokenizer(fields.get("tokenizer.ggml.pre"), where)
-        backend.decoder = decoders.ByteLevel()
-        for token, token_kind in zip(tokens, kinds, strict=True):
-            if token_kind in (_CONTROL, _USER_DEFINED):
-                added = AddedToken(token, special=token_kind == _CONTROL, normalized=False)
-                backend.add_tokens([added]) if not added.special else backend.add_special_tokens(
-                    [added]
-                )
-        if fields.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
-            _add_bos(backend, special["bos_token"])
-        if any(
-            fields.get(f"tokenizer.ggml.{n}_token_id", 0) < 0 for n in ("bos", "eos", "padding")
-        ):
-            raise ValueError("a token id below 0")
-    except (KeyboardInterrupt, SystemExit, UnsupportedModel):
-        raise
-    except BaseException as error:  # KeyError, IndexError, and what the tokenizers package raises:
-        # plain Exceptions, and Rust panics, which are no Exceptions
-        raise FormatError(f"{where}: the tokenizer's fields do not fit ({error!r})") from None
-    return Tokenizer(backend, **special, chat_template=template)
-
-
-def _pre_tokenizer(kind: str | None, where: str) -> pre_tokenizers.PreTokenizer:
-    """How a text is cut before the merges: each family has its own expression."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    if kind == "smollm":
-        first: Any = pre_tokenizers.Digits(individual_digits=True)
-        split = pre_tokenizers.Split(Regex(_GPT2_SPLIT), "isolated")
-        return pre_tokenizers.Sequence([first, split, byte_level])
-    if kind in ("gpt-2", "gpt2"):
-        return pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(_GPT2_SPLIT), "isolated"), byte_level]
-        )
-    if kind in ("llama-bpe", "llama3", "llama-v3"):
-        return pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), byte_level]
-        )
-    raise UnsupportedModel(f"{where}: pre-tokenizer {kind!r}; smollm, gpt-2 and llama-bpe are read")
-
-
-def _add_bos(backend: Backend, bos: str) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    backend.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
-    )

@@ -1,41 +1,57 @@
-"""JSON from strangers: bounded, strict, and with errors that name the file."""
+"""JSON from strangers: bounded, strict, and with errors that name the file.
+
+Numbers of any size are read: who uses a field checks its range and names it. (transformers itself
+writes 1000000000000000019884624838656 for "no limit" into tokenizer_config.json.)
+"""
 
 import json
-import math
+import stat
 from pathlib import Path
 from typing import Any
 
 from lorax.errors import FormatError
 
 MAX_BYTES = 64 * 2**20  # tokenizer.json of a large vocabulary is 20 MB; a config a few kB
+_MAX_DIGITS = 300  # of whole numbers that stay whole: float64 holds those, if not exactly
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(path: Path, *, max_bytes: int = MAX_BYTES, constants: bool = False) -> dict[str, Any]:
+    """Read a JSON object; `constants` as in `parse_json`.
 
     Raises:
-        FormatError: the file is missing, too large, no UTF-8, no JSON object, nested too deep, has
-            a key twice, or holds NaN, an infinity, a number beyond float64 or half a surrogate.
+        FormatError: the file is missing, no regular file, too large, no UTF-8, no JSON object,
+            nested too deep, has a key twice, or holds NaN, an infinity or half a surrogate.
     """
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise FormatError(f"{path}: {size} bytes; expected at most {max_bytes}")
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # a FIFO would block, /dev/zero would never end
+            raise FormatError(f"{path}: cannot be read (it is no regular file)")
+        if info.st_size > max_bytes:
+            raise FormatError(f"{path}: {info.st_size} bytes; expected at most {max_bytes}")
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{path}: cannot be read ({error})") from None
-    return parse_json(text, str(path))
+    return parse_json(text, str(path), constants=constants)
 
 
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """Parse a JSON object strictly; `where` names it in errors."""
+def parse_json(text: str, where: str, *, constants: bool = False) -> dict[str, Any]:
+    """Parse a JSON object strictly; `where` names it in errors.
+
+    Args:
+        text: the object. A number beyond float64 becomes an infinity.
+        where: names it in errors.
+        constants: take NaN and Infinity too, which Python's json writes; for files of which only
+            texts, flags and token ids are used.
+
+    Raises:
+        FormatError: as in `read_json`.
+    """
     try:
         value = json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-            parse_int=_bounded_int,
+            parse_constant=float if constants else _refuse_constant,
+            parse_int=_whole,
         )
         if "\\u" in text:  # only an escape can bring in half of a surrogate pair
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -49,9 +65,11 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key[:80]!r} stands twice")
+            seen.add(key)
     return result
 
 
@@ -59,14 +77,6 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text} is out of range")
-    return value
-
-
-def _bounded_int(text: str) -> int:
-    if len(text) > 19:
-        raise ValueError(f"the number {text[:30]}... is out of range")
-    return int(text)
+def _whole(text: str) -> int | float:
+    """Python refuses to read whole numbers of more than 4300 digits, and float() those of 309."""
+    return int(text) if len(text) <= _MAX_DIGITS else float(text)

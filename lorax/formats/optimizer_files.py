@@ -129,7 +129,9 @@ def _groups(path: Path) -> list[dict[str, Any]]:
         raise FormatError(f"{path}: no {KEY} in its metadata; it is no optimizer's state")
     groups = parse_json(metadata[KEY], f"{path}: {KEY}").get("param_groups")
     if not isinstance(groups, list) or not all(_is_group(group) for group in groups):
-        raise FormatError(f"{path}: {KEY} must hold a list of param_groups with their params")
+        raise FormatError(
+            f"{path}: {KEY} must hold a list of param_groups: params and finite numbers"
+        )
     for group in groups:
         if isinstance(group.get("betas"), list):
             group["betas"] = tuple(group["betas"])
@@ -138,7 +140,9 @@ def _groups(path: Path) -> list[dict[str, Any]]:
 
 def _is_group(group: Any) -> bool:
     params = group.get("params") if isinstance(group, dict) else None
-    return isinstance(params, list) and all(type(index) is int for index in params)
+    if not isinstance(params, list) or not all(type(index) is int for index in params):
+        return False
+    return all(math.isfinite(value) for value in group.values() if isinstance(value, float))
 
 
 def _plain(value: Any, key: str) -> Any:

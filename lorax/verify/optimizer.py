@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,11 @@ def _step_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         for name in ("step", *(field.name for field in fields(PagingCounters))):
             value = line.get(name, 0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value < inf
+            ):
                 raise FormatError(f"{path}:{number}: {name} = {value!r}; expected 0 or more")
         yield line
 
