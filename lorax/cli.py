@@ -173,10 +173,13 @@ def evaluate(
     """
     from lorax.adapters.inject import embedding_weight
     from lorax.data.examples import load_examples
+    from lorax.data.vocabulary import check_vocabulary
     from lorax.training.evaluate import evaluate as measure
 
     model, tokenizer = _open(path, base, dtype, device, quantization, check_base)
     examples = load_examples(data, tokenizer, max_length)
+    for row in examples.rows:
+        check_vocabulary(row.ids, embedding_weight(model).shape[0], tokenizer)
     result: dict[str, Any] = measure(model, examples.rows, micro_batch_size, tokenizer.pad_token_id)
     numbers = str(embedding_weight(model).dtype).removeprefix("torch.")
     result |= {"rows": len(examples), "tokens": sum(row.tokens for row in examples.rows)}
@@ -269,6 +272,7 @@ def merge(
     found = None
     if report:
         ids = merging.sample(tokenizer, laboratory.model.max_positions, text, tokens)
+        laboratory.check_tokens(ids, tokenizer)
         compared = laboratory.routes(residual_rank, also=chosen)
         found = laboratory.compare(compared, ids, lambda name: _note(f"measuring {name}"))
         if not json:

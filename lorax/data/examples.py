@@ -21,6 +21,7 @@ from typing import Any
 from lorax.data.answers import find_answers
 from lorax.data.conversation import Conversation
 from lorax.data.kinds import (
+    Column,
     Kind,
     PromptAndAnswer,
     Question,
@@ -84,7 +85,7 @@ def load_examples(
     path: Path,
     tokenizer: Tokenizer,
     max_length: int,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[Column, str] | None = None,
 ) -> Examples:
     """Read a file, find out its kind, encode its rows.
 

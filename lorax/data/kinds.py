@@ -69,10 +69,10 @@ class Question:
     conversation: Conversation
 
 
-def rename(rows: list[Row], columns: Mapping[str, str] | None, path: object) -> list[Row]:
+def rename(rows: list[Row], columns: Mapping[Column, str] | None, path: object) -> list[Row]:
     """The rows with the recipe's names: `columns` goes from lorax's name to the file's.
 
-    A row then has no other column that could make its kind.
+    Where they make a row's kind, its other columns no longer can.
 
     Raises:
         DataError: a column that no row has.
@@ -86,7 +86,9 @@ def rename(rows: list[Row], columns: Mapping[str, str] | None, path: object) -> 
                 f"{path}: data.columns.{name} = {source!r}: no row has such a column; the first "
                 f"has {found}"
             )
-    dropped = (_LAYOUT - set(_CONTEXT)) | set(columns) | set(columns.values())
+    dropped = {*columns, *columns.values()}
+    if _make_a_kind({*columns}):
+        dropped |= _LAYOUT - set(_CONTEXT)
     return [
         (
             {key: value for key, value in values.items() if key not in dropped}
@@ -95,6 +97,12 @@ def rename(rows: list[Row], columns: Mapping[str, str] | None, path: object) -> 
         )
         for values, where in rows
     ]
+
+
+def _make_a_kind(names: set[str]) -> bool:
+    if names & {*_TURNS, "text"}:
+        return True
+    return not names.isdisjoint(QUESTIONS) and not names.isdisjoint(ANSWERS)
 
 
 def find_kind(row: Row) -> Kind:

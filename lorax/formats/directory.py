@@ -31,7 +31,7 @@ def written_directory(target: Path | str, *, replace: bool = False) -> Iterator[
         UsageError: `target` is a file, or a directory with something in it and no `replace`.
         EnvironmentProblem: the disk is full or refuses.
     """
-    target = Path(target)
+    target = Path(target).expanduser()
     if not replace or not target.is_dir():
         check_free(target)
     try:
@@ -55,6 +55,7 @@ def check_free(target: Path) -> None:
     Raises:
         UsageError: see above.
     """
+    target = target.expanduser()
     if (target.is_symlink() or target.exists()) and not target.is_dir():
         raise UsageError(f"{target}: is a file; expected a directory to write")
     if target.is_dir() and any(target.iterdir()):
