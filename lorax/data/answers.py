@@ -244,9 +244,10 @@ def _spans_by_growth(talk: Conversation, whole: str, tokenizer: Tokenizer) -> di
             continue
         before = tokenizer.apply_chat_template(talk.messages[:n], True, **talk.variables)
         after = tokenizer.apply_chat_template(talk.messages[: n + 1], **talk.variables)
-        if not after.startswith(before) or not whole.startswith(after):
+        is_there = str(message.get("content", "")).strip()[-12:] in after[len(before) :]
+        if not (is_there and after.startswith(before) and whole.startswith(after)):
             raise TemplateError(
-                f"chat template: message {n + 1} changes what stands before it, so the "
+                f"chat template: message {n + 1} is rewritten or changes what stands before it, so the "
                 "answer's place cannot be found; a template with {% generation %} marks it"
             )
         found[n] = (len(before), len(after))
