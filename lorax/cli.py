@@ -53,7 +53,9 @@ Json = Annotated[bool, Parameter(help="Print one JSON object.", negative="")]
 def main() -> None:
     """Run the command line; every error that a user can cause is one line on stderr."""
     try:
-        app(exit_on_error=False, print_error=False)
+        command, given, _ = app.parse_args(exit_on_error=False, print_error=False)
+        named = {name: _at_home(value) for name, value in given.kwargs.items()}
+        command(*map(_at_home, given.args), **named)
     except (CycloptsError, LoraxError) as error:
         line = " ".join(str(error).split("\n"))
         err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
@@ -604,6 +606,13 @@ def demo(
     from lorax.demo import run_demo
 
     run_demo(out, output_dir, steps, model, dtype, device)
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or several, with "~" for the home directory written out."""
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def parse_overrides(tokens: tuple[str, ...]) -> dict[str, Any]:

@@ -358,3 +358,14 @@ def test_parquet_is_read_or_its_package_is_named(tmp_path):
     path.write_bytes(b"no parquet")
     with pytest.raises(DataError, match="cannot be read"):
         load_examples(path, tokenizer, 100)
+
+
+@pytest.mark.parametrize("command", [["inspect", "adapter"], ["verify"], ["train"]])
+def test_home_in_a_commands_path(command, tmp_path, monkeypatch, capsys):
+    from lorax.cli import main
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["lorax", *command, "~/none"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"error: {tmp_path / 'none'}: " in capsys.readouterr().err.replace("\n", "")

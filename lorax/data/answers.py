@@ -247,8 +247,9 @@ def _spans_by_growth(talk: Conversation, whole: str, tokenizer: Tokenizer) -> di
         is_there = str(message.get("content", "")).strip()[-12:] in after[len(before) :]
         if not (is_there and after.startswith(before) and whole.startswith(after)):
             raise TemplateError(
-                f"chat template: message {n + 1} is rewritten or changes what stands before it, so the "
-                "answer's place cannot be found; a template with {% generation %} marks it"
+                f"chat template: message {n + 1} is rewritten or changes what stands before "
+                "it, so the answer's place cannot be found; a template with {% generation %} "
+                "marks it"
             )
         found[n] = (len(before), len(after))
     return found
