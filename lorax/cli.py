@@ -53,7 +53,9 @@ Json = Annotated[bool, Parameter(help="Print one JSON object.", negative="")]
 def main() -> None:
     """Run the command line; every error that a user can cause is one line on stderr."""
     try:
-        app(exit_on_error=False, print_error=False)
+        command, given, _ = app.parse_args(exit_on_error=False, print_error=False)
+        named = {name: _at_home(value) for name, value in given.kwargs.items()}
+        command(*map(_at_home, given.args), **named)
     except (CycloptsError, LoraxError) as error:
         line = " ".join(str(error).split("\n"))
         err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
@@ -173,10 +175,13 @@ def evaluate(
     """
     from lorax.adapters.inject import embedding_weight
     from lorax.data.examples import load_examples
+    from lorax.data.vocabulary import check_vocabulary
     from lorax.training.evaluate import evaluate as measure
 
     model, tokenizer = _open(path, base, dtype, device, quantization, check_base)
     examples = load_examples(data, tokenizer, max_length)
+    for row in examples.rows:
+        check_vocabulary(row.ids, embedding_weight(model).shape[0], tokenizer)
     result: dict[str, Any] = measure(model, examples.rows, micro_batch_size, tokenizer.pad_token_id)
     numbers = str(embedding_weight(model).dtype).removeprefix("torch.")
     result |= {"rows": len(examples), "tokens": sum(row.tokens for row in examples.rows)}
@@ -269,6 +274,7 @@ def merge(
     found = None
     if report:
         ids = merging.sample(tokenizer, laboratory.model.max_positions, text, tokens)
+        laboratory.check_tokens(ids, tokenizer)
         compared = laboratory.routes(residual_rank, also=chosen)
         found = laboratory.compare(compared, ids, lambda name: _note(f"measuring {name}"))
         if not json:
@@ -600,6 +606,13 @@ def demo(
     from lorax.demo import run_demo
 
     run_demo(out, output_dir, steps, model, dtype, device)
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or several, with "~" for the home directory written out."""
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def parse_overrides(tokens: tuple[str, ...]) -> dict[str, Any]:

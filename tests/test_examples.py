@@ -182,7 +182,7 @@ def test_generation_marks_decide_where_the_template_has_them(load):
 def test_a_template_that_rewrites_the_past_is_refused_with_the_row(load):
     last_only = "{{ messages[-1].role }}:{{ messages[-1].content }}"
     tokenizer = byte_tokenizer(chat_template=last_only)
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*changes what stands before it"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*leaves out message 1 \(of system\)"):
         load({"messages": CONVERSATION}, tokenizer=tokenizer)
 
 
@@ -381,7 +381,7 @@ BROKEN = [
     ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}\n', 1, "text as content"),
     ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', 1, "nothing to train on"),
     ("a.jsonl", '{"conversations": "a"}\n', 1, "list of from and value"),
-    ("a.jsonl", '{"conversations": [3]}\n', 1, "from human, gpt or system"),
+    ("a.jsonl", '{"conversations": [3]}\n', 1, "must have a role"),
     ("a.jsonl", '{"conversations": [{"from": "dog", "value": "a"}]}\n', 1, "from human"),
     ("a.jsonl", '{"conversations": [{"from": "gpt"}]}\n', 1, "text as content"),
     ("a.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', 2, "surrogate"),
@@ -392,12 +392,14 @@ BROKEN = [
     ("a.json", '[{"text":\n "a"},\n{"text": 3}]', 3, "text is a int"),
     ("a.json", '[{"text": "a"},\n', 2, "not valid JSON"),
     ("a.json", '[{"text": "a"}]\n[{"text": "b"}]', 2, "behind the end of the array"),
-    ("a.json", '{"text": "a"}', 1, "expected a JSON array"),
+    ("a.json", '{"text": "a"}\n{"text": 3}', 2, "text is a int"),
+    ("a.json", '{"text": "a"}\n\n{"text" 3}', 3, "not valid JSON"),
+    ("a.json", '"text"', 1, "expected an object"),
     ("a.csv", "prompt,completion\na,b\nc\n", 3, "another number of columns"),
     ("a.csv", "prompt,completion\na,b\nc,d,e\n", 3, "another number of columns"),
     ("a.csv", 'prompt,completion\na,"b\n', 2, "not valid CSV"),
     ("a.csv", 'prompt,completion\na,"b"c\n', 2, "not valid CSV"),
-    ("a.csv", "question,answer\na,b\n", 2, "fit no kind of row"),
+    ("a.csv", "left,right\na,b\n", 2, "fit no kind of row"),
 ]
 
 
@@ -422,8 +424,8 @@ def test_a_broken_row_is_an_error_with_file_and_line(tmp_path, name, content, li
         ("a.csv", b"", "no rows"),
         ("a.csv", b"text\n", "no rows"),
         ("a.jsonl", b'{"text": "\xff"}', "cannot be read"),
-        ("a.parquet", b"", "expected a .jsonl, .json or .csv file"),
-        ("a", b"", "expected a .jsonl, .json or .csv file"),
+        ("a.tsv", b"", "expected a .jsonl, .json, .csv or .parquet file"),
+        ("a", b"", "expected a .jsonl, .json, .csv or .parquet file"),
     ],
 )
 def test_a_file_without_rows_is_an_error(tmp_path, name, content, words):

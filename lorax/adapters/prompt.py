@@ -138,6 +138,11 @@ def _start(model: nn.Module, config: PromptTuningConfig, tokenizer: Encodes | No
     words = tokenizer.encode(config.prompt_tuning_init_text)
     if not words:
         raise AdapterError("prompt_tuning_init_text has no token")
+    if max(words) >= embedding.weight.shape[0]:
+        raise AdapterError(
+            f"prompt_tuning_init_text has token {max(words)}, but the model's embedding has "
+            f"{embedding.weight.shape[0]} rows"
+        )
     ids = torch.tensor((words * (count // len(words) + 1))[:count], device=device)
     return embedding.weight.detach()[ids].float()
 

@@ -1,27 +1,35 @@
 """From a row to token ids with a loss mask.
 
-Five kinds of rows are told apart by their keys, from the first row of the file:
-
-    messages            {"messages": [{"role", "content"}, ...]}
-    sharegpt            {"conversations": [{"from", "value"}, ...]}
-    prompt/completion   {"prompt", "completion"}
-    alpaca              {"instruction", "input" (may be missing), "output"}
-    text                {"text"}
-
 A row becomes segments of text, each trained or not, whose tokens are put behind each other. So the
 mask goes by position. It never asks whether a token looks like padding or like an answer, and so
 the end token is learned even where it is the pad token too. Cutting at the seams also shows the
 model the very tokens that it will meet when it generates: the prompt's own, never one that the
 tokenizer has merged across the seam.
+
+What the columns of a row mean is in `lorax.data.kinds`, where an answer stands in a rendered
+conversation in `lorax.data.answers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorax.data.answers import find_answers
+from lorax.data.conversation import Conversation
+from lorax.data.kinds import (
+    Column,
+    Kind,
+    PromptAndAnswer,
+    Question,
+    check_kind,
+    find_kind,
+    read_row,
+    rename,
+)
 from lorax.data.rows import Row, read_rows
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import DataError, TemplateError, UsageError
@@ -36,14 +44,6 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,28 @@ class Segment:
     is_rendered: bool = False  # by a chat template, which writes its own end tokens
 
 
-def load_examples(path: Path, tokenizer: Tokenizer, max_length: int) -> Examples:
+def load_examples(
+    path: Path,
+    tokenizer: Tokenizer,
+    max_length: int,
+    columns: Mapping[Column, str] | None = None,
+) -> Examples:
     """Read a file, find out its kind, encode its rows.
 
     A row longer than `max_length` tokens is cut there; one that then has nothing to train on is
-    dropped. Both are counted.
+    dropped. Both are counted. `columns` maps lorax's names to the file's.
 
     Raises:
         DataError: the file or a row of it cannot be used, with file and line.
     """
-    rows = read_rows(path)
+    rows = rename(read_rows(path), columns, path)
     kind = find_kind(rows[0])
     examples, truncated = [], 0
     for row in rows:
         try:
-            example = encode(_segments(kind, row, tokenizer), tokenizer)
-        except UsageError as error:
+            check_kind(row, kind)
+            example = encode(_segments(row, kind, tokenizer, bool(columns)), tokenizer)
+        except (TemplateError, UsageError) as error:
             raise DataError(f"{row[1]}: {error}") from None
         if len(example.ids) > max_length:
             truncated += 1
@@ -105,17 +111,7 @@ def load_examples(path: Path, tokenizer: Tokenizer, max_length: int) -> Examples
             examples.append(example)
     if not examples:
         raise DataError(f"{path}: no row has anything to train on within {max_length} tokens")
-    return Examples(examples, kind, truncated, len(rows) - len(examples))
-
-
-def find_kind(row: Row) -> str:
-    """The kind of a row, by its keys."""
-    keys = set(row[0])
-    for kind, (needed, _) in _KINDS.items():
-        if needed <= keys:
-            return kind
-    expected = "; ".join(" and ".join(sorted(needed)) for needed, _ in _KINDS.values())
-    raise DataError(f"{row[1]}: keys {sorted(keys)} fit no kind of row; expected {expected}")
+    return Examples(examples, kind.name, truncated, len(rows) - len(examples))
 
 
 def encode(segments: list[Segment], tokenizer: Tokenizer) -> Example:
@@ -123,11 +119,13 @@ def encode(segments: list[Segment], tokenizer: Tokenizer) -> Example:
 
     A segment's tokens are what the text gains by it (Llama 2's tokenizer puts a space before each
     text, and an answer is no text of its own); where that changes a token before the seam, the
-    tokens of the segment alone.
+    tokens of the segment alone. Nothing reaches across a special token, so the text before a
+    segment is looked at from the last one on.
     """
     ids: list[int] = []
     trained: list[bool] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    special = _special_tokens(tokenizer)
     text = ""
     before: list[int] = []  # what stands before a segment, in tokens
     for segment in segments:
@@ -138,6 +136,10 @@ def encode(segments: list[Segment], tokenizer: Tokenizer) -> Example:
         else:
             part = tokenizer.encode(segment.text, add_special_tokens=False)
         before = whole
+        last = _last_match(special, segment.text)
+        if last is not None:
+            text = segment.text[last:]
+            before = tokenizer.encode(text, add_special_tokens=False)
         if segment.trained and not segment.is_rendered and part[-1:] != end:
             part += end
         answer = _through_end(part, tokenizer) if segment.trained else 0
@@ -149,6 +151,21 @@ def encode(segments: list[Segment], tokenizer: Tokenizer) -> Example:
     return Example(ids, trained)
 
 
+def _special_tokens(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """What the tokenizer takes out of a text, as it stands, before all else."""
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    texts = [token.content for token in added if token.special and not token.normalized]
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _last_match(pattern: re.Pattern[str] | None, text: str) -> int | None:
+    start = None
+    for found in pattern.finditer(text) if pattern else ():
+        start = found.start()
+    return start
+
+
 def _through_end(ids: list[int], tokenizer: Tokenizer) -> int:
     """How many of an answer's tokens are trained: through the last end token, if it has one."""
     for index in reversed(range(len(ids))):
@@ -157,116 +174,45 @@ def _through_end(ids: list[int], tokenizer: Tokenizer) -> int:
     return len(ids)
 
 
-def _segments(kind: str, row: Row, tokenizer: Tokenizer) -> list[Segment]:
-    return _KINDS[kind][1](row, tokenizer)
+def _segments(row: Row, kind: Kind, tokenizer: Tokenizer, ignores_context: bool) -> list[Segment]:
+    said = read_row(row, kind, ignores_context)
+    if isinstance(said, PromptAndAnswer):
+        prompt = [Segment(said.prompt, False)] if kind.name != "text" else []
+        return [*prompt, Segment(said.answer, True)]
+    if isinstance(said, Question):
+        if tokenizer.chat_template is None:
+            return _in_alpacas_words(said, row[1])
+        said = said.conversation
+    return _chat_segments(said, tokenizer)
 
 
-def _messages(row: Row, tokenizer: Tokenizer) -> list[Segment]:
-    messages = row[0].get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{row[1]}: messages must be a list of role and content")
-    for message in messages:
-        if (
-            not isinstance(message, dict)
-            or message.get("role") not in _ROLES
-            or not isinstance(message.get("content"), str)
-        ):
-            raise DataError(
-                f"{row[1]}: a message must have a role ({', '.join(_ROLES)}) and a text as "
-                f"content, found {str(message)[:80]}"
-            )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{row[1]}: no message of the assistant, so there is nothing to train on")
-    try:
-        return chat_segments(messages, tokenizer)
-    except TemplateError as error:
-        raise DataError(f"{row[1]}: {error}") from None
-
-
-def chat_segments(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[Segment]:
+def chat_segments(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> list[Segment]:
     """Cut a rendered conversation into what the assistant says and the rest.
 
-    Where the template marks the assistant's words itself, its marks count. Else each answer is
-    what the text gains when it is added to the messages before it and their generation prompt.
+    Raises:
+        TemplateError: see `lorax.data.answers.find_answers`.
     """
-    whole = tokenizer.render_chat(messages)
-    spans = list(whole.spans) or _answer_spans(messages, whole.text, tokenizer)
+    trained = [message["role"] == "assistant" for message in messages]
+    return _chat_segments(Conversation(messages, trained), tokenizer)
+
+
+def _chat_segments(talk: Conversation, tokenizer: Tokenizer) -> list[Segment]:
+    text, spans = find_answers(talk, tokenizer)
     segments, position = [], 0
     for start, end in spans:
-        segments.append(Segment(whole.text[position:start], False, is_rendered=True))
-        segments.append(Segment(whole.text[start:end], True, is_rendered=True))
+        segments.append(Segment(text[position:start], False, is_rendered=True))
+        segments.append(Segment(text[start:end], True, is_rendered=True))
         position = end
-    return segments
+    rest = text[position:]
+    return [*segments, Segment(rest, False, is_rendered=True)] if rest else segments
 
 
-def _answer_spans(
-    messages: list[dict[str, str]], whole: str, tokenizer: Tokenizer
-) -> list[tuple[int, int]]:
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:index], add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: index + 1])
-        if not after.startswith(before) or not whole.startswith(after):
-            raise TemplateError(
-                f"chat template: message {index + 1} changes what stands before it, so the "
-                "answer's place cannot be found; a template with {% generation %} marks it"
-            )
-        spans.append((len(before), len(after)))
-    return spans
-
-
-def _sharegpt(row: Row, tokenizer: Tokenizer) -> list[Segment]:
-    turns = row[0].get("conversations")
-    if not isinstance(turns, list):
-        raise DataError(f"{row[1]}: conversations must be a list of from and value")
-    messages = []
-    for turn in turns:
-        role = _SHAREGPT_ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
-        if role is None:
-            raise DataError(f"{row[1]}: a turn must be from human, gpt or system: {str(turn)[:80]}")
-        messages.append({"role": role, "content": turn.get("value")})
-    return _messages(({"messages": messages}, row[1]), tokenizer)
-
-
-def _prompt_completion(row: Row, _: Tokenizer) -> list[Segment]:
-    return [Segment(_text(row, "prompt"), False), Segment(_text(row, "completion"), True)]
-
-
-def _alpaca(row: Row, tokenizer: Tokenizer) -> list[Segment]:
-    """Through the model's chat template if it has one, else in Stanford Alpaca's words."""
-    instruction, output = _text(row, "instruction"), _text(row, "output")
-    context = _text(row, "input") if row[0].get("input") else ""
-    if tokenizer.chat_template is not None:
-        question = f"{instruction}\n\n{context}" if context else instruction
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": output},
-        ]
-        return _messages(({"messages": messages}, row[1]), tokenizer)
-    form = ALPACA_WITH_INPUT if context else ALPACA_WITHOUT_INPUT
-    prompt = form.format(instruction=instruction, input=context)
-    return [Segment(prompt, False), Segment(output, True)]
-
-
-def _plain_text(row: Row, _: Tokenizer) -> list[Segment]:
-    return [Segment(_text(row, "text"), True)]
-
-
-def _text(row: Row, key: str) -> str:
-    value: Any = row[0].get(key)
-    if not isinstance(value, str):
-        found = "missing" if key not in row[0] else f"a {type(value).__name__}"
-        raise DataError(f"{row[1]}: {key} is {found}; expected a text")
-    return value
-
-
-_Reader = Callable[[Row, Tokenizer], list[Segment]]
-_KINDS: dict[str, tuple[set[str], _Reader]] = {
-    "messages": ({"messages"}, _messages),
-    "sharegpt": ({"conversations"}, _sharegpt),
-    "prompt/completion": ({"prompt", "completion"}, _prompt_completion),
-    "alpaca": ({"instruction", "output"}, _alpaca),
-    "text": ({"text"}, _plain_text),
-}
+def _in_alpacas_words(said: Question, where: str) -> list[Segment]:
+    talk = said.conversation
+    if talk.variables or len(talk.messages) > 2:
+        raise DataError(
+            f"{where}: system, history or tools need a chat template, and this model has none"
+        )
+    form = ALPACA_WITH_INPUT if said.context else ALPACA_WITHOUT_INPUT
+    prompt = form.format(instruction=said.instruction, input=said.context)
+    return [Segment(prompt, False), Segment(said.answer, True)]

@@ -1,5 +1,6 @@
-"""Rows of a json, jsonl or csv file, each with the place where it stands."""
+"""Rows of a json, jsonl, csv or parquet file, each with the place where it stands."""
 
+import codecs
 import csv
 import io
 import json
@@ -7,30 +8,67 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorax.errors import DataError
+from lorax.errors import DataError, EnvironmentProblem
 
 Row = tuple[dict[str, Any], str]  # the row, and "file:line"
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a file.
+    """All rows of a file; what it holds is told by its ending, in capitals or not.
 
     Raises:
         DataError: no such file, another kind of file, no rows, or a row that is no object; with
-            the file and the line.
+            the file and the line. EnvironmentProblem: a parquet file, and no pyarrow.
     """
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}
-    if path.suffix not in readers:
-        raise DataError(f"{path}: expected a .jsonl, .json or .csv file")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
-    rows = list(readers[path.suffix](text, str(path)))
+    path = Path(path).expanduser()
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        rows = list(_parquet(path))
+    elif ending in _READERS:
+        rows = list(_READERS[ending](_read_text(path), str(path)))
+    else:
+        raise DataError(f"{path}: expected a .jsonl, .json, .csv or .parquet file")
     if not rows:
         raise DataError(f"{path}: no rows")
     return rows
+
+
+def _read_text(path: Path) -> str:
+    """UTF-8 with or without its mark, or UTF-16 with it; line ends stay as they are."""
+    try:
+        data = path.read_bytes()
+        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def _json_rows(text: str, path: str) -> Iterator[Row]:
+    """An array of objects, or objects one after another, whatever the file is called."""
+    reader = _json if text[_skip(text, 0) :][:1] == "[" else _objects
+    return reader(text, path)
+
+
+def _json_lines(text: str, path: str) -> Iterator[Row]:
+    reader = _json if text[_skip(text, 0) :][:1] == "[" else _jsonl
+    return reader(text, path)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise EnvironmentProblem(
+            f"{path}: reading parquet needs pyarrow: pip install pyarrow"
+        ) from None
+    try:
+        values = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        first = str(error).split("\n")[0]
+        raise DataError(f"{path}: cannot be read ({first})") from None
+    for number, row in enumerate(values, 1):
+        yield row, f"{path}:{number}"
 
 
 def _jsonl(text: str, path: str) -> Iterator[Row]:
@@ -71,6 +109,21 @@ def _json(text: str, path: str) -> Iterator[Row]:
         raise DataError(f"{path}:{line}: something stands behind the end of the array")
 
 
+def _objects(text: str, path: str) -> Iterator[Row]:
+    """Objects one after another, each on a line or on several."""
+    decoder = json.JSONDecoder()
+    position, line, counted = _skip(text, 0), 1, 0
+    while position < len(text):
+        line, counted = line + text.count("\n", counted, position), position
+        where = f"{path}:{line}"
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not valid JSON ({error})") from None
+        yield _object(value, where), where
+        position = _skip(text, position)
+
+
 def _csv(text: str, path: str) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -97,6 +150,9 @@ def _skip(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
+
+
+_READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_rows, ".csv": _csv}
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import secrets
 import sys
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
@@ -20,13 +20,6 @@ MAX_MEMORY_BYTES = 512 * 2**20
 MAX_OUTPUT_CHARACTERS = 4 * 2**20
 _MARK = secrets.token_hex(16)  # brackets the assistant's words; no template can guess it
 _OPEN, _CLOSE = f"<{_MARK}>", f"</{_MARK}>"
-
-
-class AskableUndefined(StrictUndefined):
-    """What is not there may be asked for ("if message.tools"), but neither printed nor used."""
-
-    def __bool__(self) -> bool:  # type: ignore[override]
-        return False
 
 
 class Generation(Extension):
@@ -45,7 +38,10 @@ class Generation(Extension):
 
 
 def environment() -> Environment:
-    """Jinja as chat templates expect it: transformers' settings, filters and functions."""
+    """Jinja as chat templates expect it: transformers' settings, filters and functions.
+
+    A name that is missing prints as nothing, and what is asked of it is an error, as there.
+    """
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -53,13 +49,24 @@ def environment() -> Environment:
     def strftime_now(form: str) -> str:
         return datetime.datetime.now().strftime(form)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=AskableUndefined,
         extensions=[Generation, loopcontrols],
         autoescape=False,
     )

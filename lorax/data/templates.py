@@ -19,6 +19,7 @@ import selectors
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from lorax.errors import TemplateError
 
 MAX_SOURCE_CHARACTERS = 2**20
 MAX_SECONDS = 5.0  # a rendering takes well under a millisecond
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,30 @@ class ChatTemplate:
         """Render with these variables.
 
         Raises:
-            TemplateError: a syntax error, an undefined name, something that the sandbox forbids,
-                the template's own raise_exception, or too much time, memory or output.
+            TemplateError: a syntax error, what Jinja refuses to do with a missing name, something
+                that the sandbox forbids, the template's own raise_exception, or too much time,
+                memory or output.
         """
         answer = _worker.ask({"source": self.source, "variables": variables})
         if "error" in answer:
             raise TemplateError(f"chat template: {answer['error']}")
         return Rendered(answer["text"], tuple((start, end) for start, end in answer["spans"]))
+
+
+def as_templates_see(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as transformers hands them to a template: nulls left out, reasoning by each name.
+
+    Templates look for keys that are not there, and print a null as "None". An answer's reasoning
+    is kept under one of three names; gpt-oss's template reads the second, all others the first.
+    """
+    seen = []
+    for message in messages:
+        message = {key: value for key, value in message.items() if value is not None}
+        found = next((message[name] for name in REASONING if name in message), None)
+        if found is not None:
+            message = {"thinking": found, **message, "reasoning_content": found}
+        seen.append(message)
+    return seen
 
 
 class _Worker:

@@ -9,10 +9,8 @@ from typing import Any
 
 import tokenizers
 
-from lorax.data.templates import ChatTemplate, Rendered
+from lorax.data.templates import ChatTemplate, Rendered, as_templates_see
 from lorax.errors import TemplateError, UsageError
-
-_NO_TOKENS = {"bos_token": "", "eos_token": "", "pad_token": "", "unk_token": ""}
 
 
 class Tokenizer:
@@ -115,21 +113,28 @@ class Tokenizer:
         return ids[:1] if self.bos_token_id is not None and ids[:1] == [self.bos_token_id] else []
 
     def apply_chat_template(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = False,
+        **variables: Any,
     ) -> str:
         """The conversation as one text, special tokens spelled out.
 
         Args:
             messages: [{"role": "user", "content": "..."}, ...].
             add_generation_prompt: end with the words that open the assistant's next answer.
+            variables: what else the template reads: tools, documents, enable_thinking, ...
 
         Raises:
             TemplateError: there is no template, it fails, or it leaves its bounds.
         """
-        return self.render_chat(messages, add_generation_prompt).text
+        return self.render_chat(messages, add_generation_prompt, **variables).text
 
     def render_chat(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = False,
+        **variables: Any,
     ) -> Rendered:
         """As `apply_chat_template`, with the places that `{% generation %}` marks."""
         if self.chat_template is None:
@@ -137,11 +142,12 @@ class Tokenizer:
                 "this tokenizer has no chat template; use prompts and completions, or a model "
                 "that was tuned for chat"
             )
-        return self._template.render(
-            messages=list(messages),
-            add_generation_prompt=add_generation_prompt,
-            **(_NO_TOKENS | self.special_tokens),
-        )
+        given = dict(self.special_tokens)  # those that are set, as transformers gives them
+        given |= variables | {
+            "messages": as_templates_see(messages),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._template.render(**given)
 
     @cached_property
     def _template(self) -> ChatTemplate:

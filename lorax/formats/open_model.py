@@ -1,5 +1,6 @@
 """A model, or an adapter with its base, whichever lies at a path."""
 
+import os
 from pathlib import Path
 
 from lorax.data.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ def open_model(
         UsageError: an adapter that names no base, a plain model with a `base`, or one where an
             adapter is needed. And all that `load_model` and `load_adapter` raise.
     """
+    path = os.path.expanduser(path)
     if (Path(path) / "adapter" / CONFIG).is_file():  # a run's directory
         path = str(Path(path) / "adapter")
     elif (Path(path) / "model" / "config.json").is_file():  # of full fine-tuning

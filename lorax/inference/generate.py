@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lorax.adapters.inject import embedding_weight
 from lorax.data.tokenizer import Tokenizer
+from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import UsageError
 from lorax.models import Model
 
@@ -52,8 +54,9 @@ def stream(
 
     Raises:
         UsageError: an empty prompt, one longer than the model's positions, or a temperature,
-            top_p or count out of range.
+            top_p or count out of range. DataError: a token that the embedding does not have.
     """
+    check_vocabulary(ids, embedding_weight(model).shape[0], tokenizer)
     room = model.max_positions - len(ids)
     if not ids or room < 1:
         raise UsageError(

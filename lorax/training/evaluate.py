@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
+from lorax.adapters.inject import embedding_weight
 from lorax.data.batches import micro_batches
 from lorax.data.examples import Example
+from lorax.data.vocabulary import padding_id
 from lorax.models import Model
 from lorax.training.loss import summed_loss
 
@@ -22,6 +24,7 @@ def evaluate(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
+    pad_id = padding_id(pad_id, embedding_weight(model).shape[0])
     total = 0.0
     with torch.no_grad():
         for batch in micro_batches(rows, micro_batch_size, pad_id):

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorax.adapters.inject import count_parameters
+from lorax.adapters.inject import count_parameters, embedding_weight
 from lorax.data.batches import epoch_order, micro_batches, step_batches
 from lorax.data.examples import Example, Examples, load_examples
 from lorax.data.tokenizer import Tokenizer
+from lorax.data.vocabulary import check_vocabulary, padding_id
 from lorax.errors import EnvironmentProblem, NumericalStop, RecipeError
 from lorax.formats.directory import check_free
 from lorax.formats.huggingface import load_model, load_tokenizer
@@ -126,6 +127,8 @@ def prepare(recipe: Recipe) -> tuple[Model, Tokenizer, Plan]:
     steps = total_steps(recipe, len(train_rows))
     hook = set_up(model, tokenizer, recipe, steps)
     _check_fit(model, [*train_rows, *eval_rows])
+    for row in (*train_rows, *eval_rows):
+        check_vocabulary(row.ids, embedding_weight(model).shape[0], tokenizer)
     model.gradient_checkpointing = settings.gradient_checkpointing
     counts = count_parameters(model)
     plan = Plan(recipe, examples, train_rows, eval_rows, steps, *counts, hook)
@@ -141,6 +144,7 @@ def _train_steps(
     optimizer = build_optimizer(model, settings)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     warmup = warmup_steps(plan.total_steps, settings.warmup_ratio)
+    pad_id = padding_id(tokenizer.pad_token_id, embedding_weight(model).shape[0])
     tokens = 0
     started = time.perf_counter()
 
@@ -162,7 +166,7 @@ def _train_steps(
         factor = rate_factor(settings.lr_scheduler, step - 1, plan.total_steps, warmup)
         step_tokens = sum(row.tokens for row in rows)
         loss = torch.zeros((), device=device)
-        for batch in micro_batches(rows, settings.micro_batch_size, tokenizer.pad_token_id):
+        for batch in micro_batches(rows, settings.micro_batch_size, pad_id):
             batch = batch.to(device)
             part = summed_loss(model, batch.input_ids, batch.labels) / step_tokens
             part.backward()
@@ -212,9 +216,9 @@ def _load_rows(
 ) -> tuple[Examples, list[Example], list[Example]]:
     """The file's examples; rows to train on; rows to evaluate on (none by default)."""
     data = recipe.data
-    examples = load_examples(Path(data.path), tokenizer, data.max_length)
+    examples = load_examples(Path(data.path), tokenizer, data.max_length, data.columns)
     if data.eval_path:
-        held_out = load_examples(Path(data.eval_path), tokenizer, data.max_length)
+        held_out = load_examples(Path(data.eval_path), tokenizer, data.max_length, data.columns)
         return examples, examples.rows, held_out.rows
     if not data.eval_fraction:
         return examples, examples.rows, []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.prompt_config import PromptTuningConfig
-from lorax.data.examples import find_kind
+from lorax.data.kinds import find_kind, rename
 from lorax.data.rows import Row, read_rows
 from lorax.training.recipe import Recipe
 from lorax.training.schedule import total_steps
@@ -15,7 +15,7 @@ def describe(recipe: Recipe) -> str:
     train = recipe.train
     accumulation = -(-train.batch_size // train.micro_batch_size)
     path = Path(recipe.data.path)
-    rows = read_rows(path) if path.is_file() else None
+    rows = rename(read_rows(path), recipe.data.columns, path) if path.is_file() else None
     held_out = round(len(rows) * recipe.data.eval_fraction) if rows else 0
     steps = total_steps(recipe, len(rows) - held_out) if rows else recipe.train.max_steps
     return (
@@ -31,8 +31,9 @@ def describe(recipe: Recipe) -> str:
 def _describe_data(path: Path, rows: list[Row] | None, held_out: int, steps: int | None) -> str:
     if not rows:
         return f"# {path} is not here: rows and steps are not known\n"
+    kind = find_kind(rows[0])
     return (
-        f"# {path}: {len(rows)} rows, kind: {find_kind(rows[0])}, {held_out} of them held out\n"
+        f"# {path}: {len(rows)} rows, kind: {kind.name}, {held_out} of them held out\n"
         f"# {steps} optimizer steps, unless rows are dropped for their length\n"
     )
 

@@ -15,17 +15,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.prompt_config import PromptTuningConfig
+from lorax.data.kinds import Column
 from lorax.errors import AdapterError, RecipeError
 
 
@@ -36,6 +38,8 @@ class Section(BaseModel):
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the home directory
 
 # lorax.quant.formats.FORMATS, written out: recipes are checked without loading torch.
 Quantization = Literal[
@@ -54,7 +58,7 @@ Quantization = Literal[
 class ModelSection(Section):
     """[model]"""
 
-    path: str
+    path: LocalPath
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "cpu"
@@ -65,8 +69,9 @@ class ModelSection(Section):
 class DataSection(Section):
     """[data]"""
 
-    path: str
-    eval_path: str | None = None
+    path: LocalPath
+    eval_path: LocalPath | None = None
+    columns: dict[Column, str] | None = None
     eval_fraction: float = Field(0.0, ge=0.0, lt=1.0)
     max_length: int = Field(512, ge=2)
     shuffle: bool = True
@@ -76,7 +81,7 @@ class DataSection(Section):
 class TrainSection(Section):
     """[train]"""
 
-    output_dir: str
+    output_dir: LocalPath
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(16, ge=1)
@@ -167,7 +172,7 @@ class Recipe(Section):
             RecipeError: no such file, no TOML, an unknown key, an impossible value, or a feature
                 that is not there.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:

@@ -32,6 +32,7 @@ from torch import Tensor
 from lorax.adapters.inject import adapter_config, adapter_layers
 from lorax.data.docstrings import HELD_OUT_MODULES, pairs
 from lorax.data.tokenizer import Tokenizer
+from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatError, UsageError
 from lorax.formats.fingerprint import KEY, parse
 from lorax.formats.hub import find_model
@@ -312,10 +313,7 @@ def batch(
     rows = len(ids) // width if width else 0
     if width < 2:
         raise UsageError(f"the text has {len(ids)} tokens; expected at least 2")
-    if max(ids) >= model.config.vocab_size:
-        raise DataError(
-            f"the tokenizer gives token {max(ids)}; the model has {model.config.vocab_size}"
-        )
+    check_vocabulary(ids, model.config.vocab_size, tokenizer)
     return torch.tensor(ids[: rows * width]).view(rows, width)
 
 

@@ -47,6 +47,7 @@ from lorax.adapters.routes import (
 )
 from lorax.data.docstrings import HELD_OUT_MODULES, QUESTION, pairs
 from lorax.data.tokenizer import Tokenizer
+from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import AdapterError, UsageError
 from lorax.formats import bitsandbytes, fingerprint
 from lorax.formats.directory import check_free
@@ -208,6 +209,11 @@ class Laboratory:
         layers = {name: costs[name] for name in adapted}  # in the model's order
         nbytes = sum(sizes.values()) + _rest_bytes(self.model, set(sizes), route)
         return RouteCost(route, layers, nbytes, logits_cost(unmerged, merged, effect))
+
+    def check_tokens(self, ids: Tensor, tokenizer: Tokenizer) -> None:
+        """Refuse a text with a token that the model's embedding does not have."""
+        rows = embedding_weight(self.model).shape[0]
+        check_vocabulary(ids.flatten().tolist(), rows, tokenizer)
 
     def write(self, route: Route, path: Path, tokenizer: Tokenizer | None) -> RouteCost:
         """Merge by this route and write the model; the laboratory is used up."""
