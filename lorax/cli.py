@@ -97,8 +97,9 @@ def train(
 
     with TrainingProgress(out) as progress:
         run = run_recipe(checked, progress)
-    out.print(f"{run.result.name:<8} {run.result}", highlight=False, soft_wrap=True)
-    out.print(f"picture  {run.output_dir / 'loss.png'}", highlight=False, soft_wrap=True)
+    _say(f"{run.result.name:<8} {run.result}")
+    if (run.output_dir / "loss.png").is_file():
+        _say(f"picture  {run.output_dir / 'loss.png'}")
 
 
 @app.command

@@ -4,10 +4,19 @@ A message says in one line what was found, what was expected, and what to do.
 """
 
 
+def one_line(text: object) -> str:
+    """A message of any library in one line: its lines joined, the empty ones left out."""
+    lines = (line.strip() for line in str(text).splitlines())
+    return " ".join(line for line in lines if line)
+
+
 class LoraxError(Exception):
-    """The root of lorax's errors."""
+    """The root of lorax's errors; its message is one line, whatever was quoted in it."""
 
     exit_code = 4
+
+    def __init__(self, message: object = ""):
+        super().__init__(one_line(message))
 
 
 class UsageError(LoraxError):
