@@ -27,6 +27,7 @@ from lorax.errors import (
 )
 from lorax.formats import bitsandbytes, gguf_files, tokenizer_files
 from lorax.formats.directory import written_directory
+from lorax.formats.hub import find_model
 from lorax.formats.json_files import read_json
 from lorax.formats.model_config import (
     DTYPES,
@@ -48,7 +49,6 @@ from lorax.quant.formats import check_request, quantize
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.tensor import QuantizedTensor
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 # Buffers that old checkpoints carry beside the weights.
 _NO_WEIGHTS = re.compile(r"(\.attn\.(bias|masked_bias)|\.rotary_emb\.inv_freq)$")
 # GPT-2's Conv1D keeps these as (in, out).
@@ -217,35 +217,6 @@ def save_model(
 def as_stored(name: str, weight: Tensor) -> Tensor:
     """A plain weight as transformers' GPT-2 keeps it: its Conv1D is (in, out)."""
     return weight.t() if _CONV1D.search(name) else weight
-
-
-def find_model(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The local directory or .gguf file behind a path or Hub id (downloaded if need be)."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
-    if local.suffix == ".gguf" or local.is_file():
-        if not local.is_file():
-            raise EnvironmentProblem(f"{local}: no such file")
-        if local.suffix != ".gguf":
-            raise FormatError(f"{local}: expected a model directory, a .gguf file or a Hub id")
-        return local
-    name = os.fspath(path)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise EnvironmentProblem(f"{name}: no such directory, and no Hub id")
-    return _download(name, revision)
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client raises its own, httpx's and OSErrors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise EnvironmentProblem(
-            f"{name}: no such directory here, and the Hub did not give it ({reason})"
-        ) from None
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

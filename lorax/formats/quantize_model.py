@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import QuantizationError, UsageError
 from lorax.formats import bitsandbytes, gguf_files, tokenizer_files
+from lorax.formats.beside import copy_papers, copy_tokenizer
 from lorax.formats.directory import check_free, written_directory
 from lorax.formats.huggingface import (
     ModelFiles,
@@ -42,19 +42,6 @@ from lorax.formats.safetensors_files import (
 from lorax.models.gpt2 import GPT2
 from lorax.quant.formats import check_request, quantize
 from lorax.quant.tensor import QuantizedTensor
-
-# What lies beside a model and belongs to its tokenizer or its way of generating.
-BESIDE = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 
 Progress = Callable[[int, int, str], None]  # tensors done, of how many, the last one's name
 
@@ -238,9 +225,8 @@ def _bring_tokenizer(where: Path, tokenizer: Tokenizer | None, directory: Path) 
     if tokenizer is not None:
         tokenizer_files.write_tokenizer(tokenizer, directory)
         return
-    for name in BESIDE:
-        if (where / name).is_file():
-            shutil.copyfile(where / name, directory / name)
+    copy_tokenizer(where, directory)
+    copy_papers(where, directory)
 
 
 def _size(files: ModelFiles) -> int:

@@ -34,7 +34,8 @@ from lorax.data.docstrings import HELD_OUT_MODULES, pairs
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatError, UsageError
 from lorax.formats.fingerprint import KEY, parse
-from lorax.formats.huggingface import find_model, load_model, load_tokenizer, save_model
+from lorax.formats.hub import find_model
+from lorax.formats.huggingface import load_model, load_tokenizer, save_model
 from lorax.formats.json_files import read_json
 from lorax.formats.peft import load_adapter
 from lorax.formats.peft_directory import CONFIG, TENSORS, find_adapter
