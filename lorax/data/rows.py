@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorax.errors import DataError
+from lorax.errors import DataError, require
 
 Row = tuple[dict[str, Any], str]  # the row, and "file:line"
 
@@ -16,9 +16,10 @@ def read_rows(path: Path) -> list[Row]:
     """All rows of a file.
 
     Raises:
-        DataError: no such file, another kind of file, no rows, or a row that is no object; with
-            the file and the line.
+        EnvironmentProblem: no such file. DataError: another kind of file, no rows, or a row that
+            is no object; with the file and the line.
     """
+    path = require(path)
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}
     if path.suffix not in readers:
         raise DataError(f"{path}: expected a .jsonl, .json or .csv file")

@@ -61,6 +61,11 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         (directory / "generation_config.json").write_text(text)
 
 
+def read_template(directory: Path) -> str | None:
+    """The chat template in a directory, whether or not a tokenizer lies there."""
+    return _chat_template(directory, _optional_json(directory / "tokenizer_config.json"))
+
+
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():

@@ -269,7 +269,9 @@ def apart(view: Tensor) -> Tensor:
     """
     start = view.storage_offset() * view.itemsize
     own = view.untyped_storage()[start : start + view.nbytes]  # keeps the page alive, copies none
-    return torch.empty(0, dtype=view.dtype, device=view.device).set_(own, 0, view.shape)
+    return torch.empty(0, dtype=view.dtype, device=view.device).set_(
+        own, 0, view.shape, view.stride()
+    )
 
 
 def carve(memory: Tensor, start: int, dtype: torch.dtype, elements: int) -> tuple[Tensor, int]:

@@ -150,3 +150,9 @@ class QuantizedLinear(nn.Module):
         """What `print(model)` shows of this layer."""
         q = self.quantized
         return f"{self.in_features}, {self.out_features}, {q.describe()}"
+
+
+def stored_format(model: nn.Module) -> str | None:
+    """The format of a model's quantized Linears (of the first, where they differ), or None."""
+    found = (m.quantized.format for m in model.modules() if isinstance(m, QuantizedLinear))
+    return next(found, None)
