@@ -26,7 +26,7 @@ def require(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = getattr(error, "strerror", None) or error
         raise EnvironmentProblem(
-            f"{found}: {reason}; expected a file or directory that is there: mend the path"
+            f"{found}: cannot be read ({reason}); expected a path where something is: mend it"
         ) from None
     return found
 

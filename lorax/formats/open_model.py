@@ -41,8 +41,7 @@ def open_model(
     """
     place = find_place(path, base)
     dtype, quantization = as_trained(place, dtype, quantization, say)
-    tokenizer = load_adapter_tokenizer(place.adapter, place.model)
     model = load_model(place.model, dtype, device, quantization)
     if place.adapter is not None:
         load_adapter(model, place.adapter, check_base=check_base)
-    return model, tokenizer
+    return model, load_adapter_tokenizer(place.adapter, place.model)

@@ -45,7 +45,7 @@ def find_place(path: str | os.PathLike[str], base: str | os.PathLike[str] | None
     local = Path(path).expanduser()
     if not is_run(local) and (local / "model" / "config.json").is_file():
         return _plain(str(local / "model"), base)
-    adapter = adapter_directory(local if local.exists() else path)
+    adapter = None if local.suffix == ".gguf" else adapter_directory(path)
     if adapter is None:
         return _plain(os.fspath(path), base)
     return Place(adapter, os.fspath(base) if base is not None else stated_base(adapter))
