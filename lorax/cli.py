@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorax import __version__
-from lorax.errors import LoraxError, UsageError
+from lorax.errors import LoraxError, UsageError, one_line
 
 if TYPE_CHECKING:
     from lorax.data.tokenizer import Tokenizer
@@ -35,14 +35,31 @@ app = App(
 out = Console()
 err = Console(stderr=True)
 
+
+def _path(_: Any, tokens: Any) -> Path:
+    return Path(tokens[0].value).expanduser()
+
+
+LocalPath = Annotated[Path, Parameter(converter=_path)]
 Quantization = Annotated[
     str | None,
     Parameter(
         help="Quantize the base: nf4, nf4-dq, fp4, fp4-dq, int8 (LLM.int8), int8-symmetric, "
-        "int8-affine, int4-symmetric or int4-affine."
+        "int8-affine, int4-symmetric or int4-affine; none: plain weights. Without it, as the "
+        "adapter's run has it on record."
     ),
 ]
-Dtype = Annotated[str, Parameter(help="auto, float32 or bfloat16.")]
+Dtype = Annotated[
+    str,
+    Parameter(
+        help="float32, bfloat16 or float16; auto: what the adapter's run has on record, else what "
+        "config.json says, else the file's own."
+    ),
+]
+PlainDtype = Annotated[
+    str,
+    Parameter(help="float32, bfloat16 or float16; auto: what config.json says, else the file's."),
+]
 Device = Annotated[str, Parameter(help="cpu or cuda.")]
 Base = Annotated[str | None, Parameter(help="The base model, where the adapter's is elsewhere.")]
 CheckBase = Annotated[bool, Parameter(help="Refuse an adapter that was trained over another base.")]
@@ -57,8 +74,7 @@ def main() -> None:
         named = {name: _at_home(value) for name, value in given.kwargs.items()}
         command(*map(_at_home, given.args), **named)
     except (CycloptsError, LoraxError) as error:
-        line = " ".join(str(error).split("\n"))
-        err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+        err.print(Text.assemble(("error: ", "bold red"), one_line(error)), soft_wrap=True)
         sys.exit(error.exit_code if isinstance(error, LoraxError) else UsageError.exit_code)
     except KeyboardInterrupt as interrupt:
         line = ": ".join(["interrupted", *map(str, interrupt.args)])
@@ -71,7 +87,7 @@ def main() -> None:
 
 @app.command
 def train(
-    recipe: Path,
+    recipe: LocalPath,
     /,
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     dry_run: Annotated[bool, Parameter(help="Check and print the plan only.", negative="")] = False,
@@ -99,8 +115,9 @@ def train(
 
     with TrainingProgress(out) as progress:
         run = run_recipe(checked, progress)
-    out.print(f"{run.result.name:<8} {run.result}", highlight=False, soft_wrap=True)
-    out.print(f"picture  {run.output_dir / 'loss.png'}", highlight=False, soft_wrap=True)
+    _say(f"{run.result.name:<8} {run.result}")
+    if (run.output_dir / "loss.png").is_file():
+        _say(f"picture  {run.output_dir / 'loss.png'}")
 
 
 @app.command
@@ -124,7 +141,7 @@ def generate(
     Parameters
     ----------
     path
-        A model (directory, Hub id or .gguf) or an adapter's directory.
+        A model (directory, Hub id or .gguf), an adapter (directory or Hub id) or a run's directory.
     prompt
         What to answer. Put through the model's chat template if it has one.
     temperature
@@ -154,7 +171,7 @@ def generate(
 def evaluate(
     path: str,
     *,
-    data: Path,
+    data: LocalPath,
     base: Base = None,
     max_length: Positive = 512,
     micro_batch_size: Positive = 4,
@@ -169,13 +186,14 @@ def evaluate(
     Parameters
     ----------
     path
-        A model (directory, Hub id or .gguf) or an adapter's directory.
+        A model (directory, Hub id or .gguf), an adapter (directory or Hub id) or a run's directory.
     data
         A jsonl, json or csv file, of any kind that training takes.
     """
     from lorax.adapters.inject import embedding_weight
     from lorax.data.examples import load_examples
     from lorax.data.vocabulary import check_vocabulary
+    from lorax.quant.linear import stored_format
     from lorax.training.evaluate import evaluate as measure
 
     model, tokenizer = _open(path, base, dtype, device, quantization, check_base)
@@ -185,14 +203,15 @@ def evaluate(
     result: dict[str, Any] = measure(model, examples.rows, micro_batch_size, tokenizer.pad_token_id)
     numbers = str(embedding_weight(model).dtype).removeprefix("torch.")
     result |= {"rows": len(examples), "tokens": sum(row.tokens for row in examples.rows)}
-    result |= {"base": model.name_or_path, "dtype": numbers, "quantization": quantization}
+    format = stored_format(model)
+    result |= {"base": model.name_or_path, "dtype": numbers, "quantization": format}
     if json:
         _print_json(result)
     else:
         out.print(
             f"loss {result['eval_loss']:.4f} nats   perplexity {result['eval_perplexity']:.3f}   "
             f"({result['tokens']} tokens in {result['rows']} rows; base {model.name_or_path} in "
-            f"{numbers}, {quantization or 'not quantized by this command'})",
+            f"{numbers}, {format or 'not quantized'})",
             highlight=False,
             soft_wrap=True,
         )
@@ -201,7 +220,7 @@ def evaluate(
 @app.command
 def merge(
     adapter: str,
-    output: Path | None = None,
+    output: LocalPath | None = None,
     /,
     *,
     report: Annotated[
@@ -223,7 +242,7 @@ def merge(
         Parameter(help="Keep what quantizing loses in an adapter of this rank, in OUT/residual."),
     ] = 0,
     text: Annotated[
-        Path | None, Parameter(help="The report's text; Python's own, if none.")
+        LocalPath | None, Parameter(help="The report's text; Python's own, if none.")
     ] = None,
     tokens: Annotated[Positive, Parameter(help="How many tokens of it.")] = 1024,
     base: Base = None,
@@ -252,7 +271,7 @@ def merge(
     Parameters
     ----------
     adapter
-        The adapter's directory, or a run's.
+        The adapter (directory or Hub id), or a run's directory.
     output
         The model's directory; must be missing or empty. Without it, --report writes nothing.
     dtype
@@ -269,6 +288,7 @@ def merge(
         quantization=quantization,
         original=original,
         check_base=check_base,
+        say=_tell,
     )
     chosen = laboratory.requested(route, format, residual_rank)
     found = None
@@ -277,16 +297,17 @@ def merge(
         laboratory.check_tokens(ids, tokenizer)
         compared = laboratory.routes(residual_rank, also=chosen)
         found = laboratory.compare(compared, ids, lambda name: _note(f"measuring {name}"))
-        if not json:
-            for table in merge_report.tables(found):
-                out.print(table)
     cost = laboratory.choose(chosen, found)
+    if not json:
+        _say(merge_report.summary(laboratory, cost))
+        for table in merge_report.tables(found) if found is not None else ():
+            out.print(table)
     if output is not None:
         laboratory.write(cost.route, output, tokenizer)
     if json:
         _print_json(merge_report.as_dict(laboratory, found, cost, output))
         return
-    for line in merge_report.summary(laboratory, cost, output):
+    for line in merge_report.written(cost, output):
         _say(line)
 
 
@@ -314,9 +335,9 @@ def inspect_quantization(
     block_size: Annotated[
         tuple[int, ...], Parameter(help="Block sizes to compare.", consume_multiple=True)
     ] = (64,),
-    dtype: Dtype = "auto",
+    dtype: PlainDtype = "auto",
     tensors: Annotated[bool, Parameter(help="A line for each tensor too.", negative="")] = False,
-    plot: Annotated[Path | None, Parameter(help="Write the picture there, as PNG.")] = None,
+    plot: Annotated[LocalPath | None, Parameter(help="Write the picture there, as PNG.")] = None,
     json: Json = False,
 ) -> None:
     """What quantizing would cost a model's weights: bits, error, the worst rows.
@@ -367,10 +388,12 @@ def inspect_quantization(
 
 @inspect.command(name="adapter")
 def inspect_adapter(
-    path: Path,
+    path: LocalPath,
     /,
     *,
-    against: Annotated[Path | None, Parameter(help="Another adapter of the same base.")] = None,
+    against: Annotated[
+        LocalPath | None, Parameter(help="Another adapter of the same base.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """How large an adapter's change is, layer by layer, and the angle to another adapter.
@@ -442,8 +465,8 @@ app.command(adapter)
 
 @adapter.command(name="add")
 def add_adapters(
-    *paths: Path,
-    output: Path,
+    *paths: LocalPath,
+    output: LocalPath,
     weights: Annotated[
         tuple[float, ...],
         Parameter(
@@ -479,20 +502,27 @@ def add_adapters(
 
 @app.command
 def verify(
-    adapter: Path,
+    adapter: str,
     /,
     *,
     base: Base = None,
     against: Annotated[str, Parameter(help="The other program: peft.")] = "peft",
     reference: Annotated[
-        Path | None, Parameter(help="Another adapter's directory, which PEFT reads instead.")
+        LocalPath | None, Parameter(help="Another adapter's directory, which PEFT reads instead.")
     ] = None,
     quantization: Annotated[
-        str | None, Parameter(help="Quantize the base: nf4, nf4-dq, fp4 or fp4-dq.")
+        str | None,
+        Parameter(
+            help="Quantize the base: nf4, nf4-dq, fp4 or fp4-dq; none: plain weights. Without it, "
+            "as the adapter's run has it on record."
+        ),
     ] = None,
-    text: Annotated[Path | None, Parameter(help="A text file to run through both.")] = None,
+    dtype: Dtype = "auto",
+    text: Annotated[LocalPath | None, Parameter(help="A text file to run through both.")] = None,
     tokens: Annotated[Positive, Parameter(help="How many of its tokens.")] = 128,
-    html: Annotated[Path | None, Parameter(help="Write the report there, as one page.")] = None,
+    html: Annotated[
+        LocalPath | None, Parameter(help="Write the report there, as one page.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Hold an adapter in lorax against the same adapter in the installed PEFT.
@@ -504,7 +534,7 @@ def verify(
     Parameters
     ----------
     adapter
-        The adapter's directory, or a run's.
+        The adapter (directory or Hub id), or a run's directory.
     """
     from lorax.verify.against_peft import verify as hold_against
 
@@ -514,9 +544,10 @@ def verify(
         against=against,
         reference=reference,
         quantization=quantization,
+        dtype=dtype,
         text=text,
         tokens=tokens,
-        say=lambda line: err.print(line, style="dim", markup=False, highlight=False),
+        say=_tell,
     )
     if html is not None:
         report.write_html(html)
@@ -536,14 +567,14 @@ def verify(
 @app.command
 def quantize(
     model: str,
-    output: Path,
+    output: LocalPath,
     /,
     *,
     format: Annotated[str, Parameter(help="nf4, nf4-dq, fp4, fp4-dq or int8.")] = "nf4-dq",
     block_size: Annotated[
         int | None, Parameter(help="Values that share a scale: 32 to 4096, by default 64.")
     ] = None,
-    dtype: Dtype = "auto",
+    dtype: PlainDtype = "auto",
     max_shard_bytes: Annotated[Positive, Parameter(help="The largest file.")] = 5 * 10**9,
     json: Json = False,
 ) -> None:
@@ -583,7 +614,7 @@ def quantize(
 @app.command
 def demo(
     *,
-    output_dir: Path = Path("runs/demo"),
+    output_dir: LocalPath = Path("runs/demo"),
     steps: Positive = 48,
     model: str | None = None,
     dtype: Annotated[str, Parameter(help="auto takes bfloat16 where the CPU has it.")] = "auto",
@@ -647,8 +678,6 @@ def _open(
     device: str,
     quantization: str | None,
     check_base: bool,
-    *,
-    needs_adapter: bool = False,
 ) -> tuple[Model, Tokenizer]:
     from lorax.formats.open_model import open_model
 
@@ -658,13 +687,18 @@ def _open(
         dtype=dtype,
         device=device,
         quantization=quantization,
-        needs_adapter=needs_adapter,
         check_base=check_base,
+        say=_tell,
     )
 
 
 def _say(text: str) -> None:
     out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell(text: str) -> None:
+    """A line beside the results: on stderr, so that what reads stdout gets results alone."""
+    err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _note(text: str) -> None:

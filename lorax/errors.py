@@ -3,11 +3,41 @@
 A message says in one line what was found, what was expected, and what to do.
 """
 
+import os
+from pathlib import Path
+
+
+def one_line(text: object) -> str:
+    """A message of any library in one line: its lines joined, the empty ones left out."""
+    lines = (line.strip() for line in str(text).splitlines())
+    return " ".join(line for line in lines if line)
+
+
+def require(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` filled in, if something is there.
+
+    Raises:
+        EnvironmentProblem: nothing is, or a directory above it cannot be looked into. Every command
+            gives a path that is missing the same exit code.
+    """
+    found = Path(path).expanduser()
+    try:
+        found.lstat()
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise EnvironmentProblem(
+            f"{found}: cannot be read ({reason}); expected a path where something is: mend it"
+        ) from None
+    return found
+
 
 class LoraxError(Exception):
-    """The root of lorax's errors."""
+    """The root of lorax's errors; its message is one line, whatever was quoted in it."""
 
     exit_code = 4
+
+    def __init__(self, message: object = ""):
+        super().__init__(one_line(message))
 
 
 class UsageError(LoraxError):

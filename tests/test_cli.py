@@ -150,7 +150,7 @@ def test_each_command_has_help(run, command):
 def test_python_m_lorax_is_the_same_program():
     assert lorax_process("--version").stdout.strip() == lorax.__version__
     done = lorax_process("train", "nowhere.toml")
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert done.stderr == "error: nowhere.toml: cannot be read (No such file or directory)\n"
 
 
@@ -170,7 +170,7 @@ MISTAKES = [
     (2, "requires an argument", "generate base"),
     (2, "--data", "evaluate base"),
     (2, "unable to convert", "generate base hi --max-new-tokens many"),
-    (2, "no.toml: cannot be read", "train no.toml"),
+    (3, "no.toml: cannot be read", "train no.toml"),
     (2, "did you mean train.learning_rate?", "train recipe.toml --train.learning_rat 1"),
     (2, "did you mean adapter.lora_alpha?", "train recipe.toml --adapter.lora_alhpa=1"),
     (2, "its value is missing", "train recipe.toml --train.epochs"),
@@ -182,7 +182,7 @@ MISTAKES = [
     (2, "is a file", "train recipe.toml --train.output_dir rows.jsonl"),
     (2, "model.quantization", "train recipe.toml --model.quantization int3"),
     (2, "model.dtype", "train recipe.toml --model.dtype float8"),
-    (4, "no.jsonl: cannot be read", "train recipe.toml --data.path no.jsonl"),
+    (3, "no.jsonl: cannot be read", "train recipe.toml --data.path no.jsonl"),
     (4, "broken.jsonl:2: ", "train recipe.toml --data.path broken.jsonl"),
     (3, "./no: no such directory", "train recipe.toml --model.path ./no"),
     (4, "match no module", "train recipe.toml --adapter.target_modules '[\"nothing\"]'"),
@@ -198,7 +198,7 @@ MISTAKES = [
     (2, "top_p", "generate base hi --temperature 1 --top-p 0"),
     (2, "max_new_tokens", "generate base hi --max-new-tokens -1"),
     (3, "./no: no such directory", "evaluate ./no --data rows.jsonl"),
-    (4, "no.jsonl: cannot be read", "evaluate base --data no.jsonl"),
+    (3, "no.jsonl: cannot be read", "evaluate base --data no.jsonl"),
     (4, "broken.jsonl:2: ", "evaluate base --data broken.jsonl"),
     (2, "--micro-batch-size", "evaluate base --data rows.jsonl --micro-batch-size 0"),
     (2, "--max-length", "evaluate base --data rows.jsonl --max-length 0"),
@@ -206,7 +206,7 @@ MISTAKES = [
     (2, "not empty", "merge adapter taken"),
     (2, "is a file", "merge adapter rows.jsonl"),
     (2, "expected an adapter's directory", "merge base new"),
-    (2, "expected an adapter's directory", "merge no new"),
+    (3, "no: no such directory", "merge no new"),
     (3, "./no: no such directory", "merge adapter new --base ./no"),
     (2, "nf5", "merge adapter new --quantization nf5"),
     (2, "not empty", "demo --output-dir taken --model base"),

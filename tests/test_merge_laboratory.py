@@ -28,7 +28,8 @@ from lorax.adapters.inject import adapter_layers
 from lorax.adapters.merge import take_route
 from lorax.adapters.residual import truncated_svd
 from lorax.adapters.routes import Route, route_layer
-from lorax.errors import AdapterError, UsageError
+from lorax.errors import AdapterError, FormatError, UsageError
+from lorax.formats.run_record import read_record
 from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.quant.linear import QuantizedLinear
 from lorax.training.loss import summed_loss
@@ -568,9 +569,9 @@ def test_a_run_tells_what_its_adapter_was_trained_over(place, tmp_path, run):
     metadata = {"format": "pt", "lorax.fingerprint": mark}
     save_file(tensors, marked / "adapter_model.safetensors", metadata)
     shutil.copy(whole / "adapter_config.json", marked)
-    assert merging.trained_over(str(marked)) == {"quantization": "nf4"}
+    assert read_record(marked).quantization == "nf4"
     (tmp_path / "run" / "config.toml").write_text("[model")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(FormatError, match="cannot be read"):
         merging.open_laboratory(str(tmp_path / "run"))
 
 

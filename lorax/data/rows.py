@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorax.errors import DataError, EnvironmentProblem
+from lorax.errors import DataError, EnvironmentProblem, require
 
 Row = tuple[dict[str, Any], str]  # the row, and "file:line"
 
@@ -20,7 +20,7 @@ def read_rows(path: Path) -> list[Row]:
         DataError: no such file, another kind of file, no rows, or a row that is no object; with
             the file and the line. EnvironmentProblem: a parquet file, and no pyarrow.
     """
-    path = Path(path).expanduser()
+    path = require(path)
     ending = path.suffix.lower()
     if ending == ".parquet":
         rows = list(_parquet(path))

@@ -1,57 +1,47 @@
 """A model, or an adapter with its base, whichever lies at a path."""
 
+from __future__ import annotations
+
 import os
-from pathlib import Path
+from collections.abc import Callable
 
 from lorax.data.tokenizer import Tokenizer
-from lorax.errors import UsageError
-from lorax.formats.huggingface import load_model, load_tokenizer
+from lorax.formats.adapter_tokenizer import load_adapter_tokenizer
+from lorax.formats.huggingface import load_model
 from lorax.formats.peft import load_adapter
-from lorax.formats.peft_directory import CONFIG, is_adapter, read_adapter_config
+from lorax.formats.places import as_trained, find_place
 from lorax.models import Model
 
 
 def open_model(
-    path: str,
+    path: str | os.PathLike[str],
     base: str | None = None,
     *,
     dtype: str = "auto",
     device: str = "cpu",
     quantization: str | None = None,
-    needs_adapter: bool = False,
     check_base: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Model, Tokenizer]:
     """Load a model, or an adapter with its base, whichever lies at `path`; and its tokenizer.
 
     Args:
-        path: a model (directory, Hub id, .gguf), an adapter's directory or a run's, which has
-            an adapter/ or, after full fine-tuning, a model/.
+        path: a model (directory, Hub id, .gguf), an adapter (directory, Hub id) or a run's
+            directory, which has an adapter/ or, after full fine-tuning, a model/.
         base: the base of an adapter, where its config's own entry does not lead to it.
-        dtype, device, quantization: as in `load_model`.
-        needs_adapter: refuse a plain model.
+        device: as in `load_model`.
+        dtype, quantization: of the base; "auto" and None take what the adapter's run has on
+            record (`lorax.formats.run_record`), else what `load_model` makes of them.
+            quantization "none": plain weights, whatever is on record.
         check_base: as in `load_adapter`.
+        say: is told in one line what was taken from the record.
 
     Raises:
-        UsageError: an adapter that names no base, a plain model with a `base`, or one where an
-            adapter is needed. And all that `load_model` and `load_adapter` raise.
+        All that `find_place`, `load_model`, `load_adapter_tokenizer` and `load_adapter` raise.
     """
-    path = os.path.expanduser(path)
-    if (Path(path) / "adapter" / CONFIG).is_file():  # a run's directory
-        path = str(Path(path) / "adapter")
-    elif (Path(path) / "model" / "config.json").is_file():  # of full fine-tuning
-        path = str(Path(path) / "model")
-    if not is_adapter(Path(path)):
-        if needs_adapter or base is not None:
-            raise UsageError(
-                f"{path}: no {CONFIG} there; expected an adapter's directory (a model that was "
-                "fine-tuned in full has none)"
-            )
-        model = load_model(path, dtype, device, quantization)
-        return model, load_tokenizer(path)
-    stated = read_adapter_config(path)[1]
-    base = base or stated
-    if base is None:
-        raise UsageError(f"{path}: the adapter names no base model; give one with --base")
-    model = load_model(base, dtype, device, quantization)
-    load_adapter(model, path, check_base=check_base)
-    return model, load_tokenizer(base)
+    place = find_place(path, base)
+    dtype, quantization = as_trained(place, dtype, quantization, say)
+    model = load_model(place.model, dtype, device, quantization)
+    if place.adapter is not None:
+        load_adapter(model, place.adapter, check_base=check_base)
+    return model, load_adapter_tokenizer(place.adapter, place.model)

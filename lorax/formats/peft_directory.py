@@ -16,7 +16,7 @@ from torch import Tensor
 from lorax.adapters.adalora import AdaLoRAConfig
 from lorax.adapters.config import NOT_COVERED, LoRAConfig
 from lorax.adapters.prompt import PromptTuningConfig
-from lorax.errors import AdapterError, FormatError
+from lorax.errors import AdapterError, FormatError, require
 from lorax.formats import fingerprint
 from lorax.formats.directory import written_directory
 from lorax.formats.json_files import read_json
@@ -53,9 +53,10 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     PEFT puts an adapter which is not called "default" into a sub-directory of its name.
 
     Raises:
-        FormatError: there is none, or there are several, which are named.
+        EnvironmentProblem: no such path. FormatError: no adapter is there, or there are several,
+            which are named.
     """
-    directory = Path(path)
+    directory = require(path)
     if (directory / CONFIG).is_file():
         return directory
     below = sorted(file.parent for file in directory.glob(f"[!.]*/{CONFIG}"))

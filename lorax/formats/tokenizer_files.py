@@ -98,6 +98,12 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         (directory / "generation_config.json").write_text(text)
 
 
+def read_template(directory: Path) -> str | None:
+    """The chat template in a directory, whether or not a tokenizer lies there."""
+    config = _optional_json(directory / "tokenizer_config.json")
+    return chat_template_files.read_chat_templates(directory, config).get("default")
+
+
 def _copy_files(tokenizer: Tokenizer, directory: Path) -> bool:
     """Copy the files behind a tokenizer, if reading them again gives the same one."""
     source = tokenizer.files

@@ -1,5 +1,6 @@
 """Text from a model, a token at a time."""
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,8 @@ from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import UsageError
 from lorax.models import Model
+
+log = logging.getLogger("lorax")
 
 
 def generate(
@@ -52,6 +55,8 @@ def stream(
 ) -> Iterator[int]:
     """The new tokens one by one, as they are made; the end token itself is not given.
 
+    Where max_new_tokens goes past the model's positions it is cut, and the log says so in one line.
+
     Raises:
         UsageError: an empty prompt, one longer than the model's positions, or a temperature,
             top_p or count out of range. DataError: a token that the embedding does not have.
@@ -60,12 +65,18 @@ def stream(
     room = model.max_positions - len(ids)
     if not ids or room < 1:
         raise UsageError(
-            f"the prompt has {len(ids)} tokens; expected 1 to {model.max_positions - 1}"
+            f"the prompt has {len(ids)} tokens; expected 1 to {model.max_positions - 1}, which "
+            "leaves room for an answer in the model's positions: shorten it"
         )
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
+    if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
         raise UsageError(
             f"temperature {temperature} (>= 0), top_p {top_p} (in (0, 1]) or max_new_tokens "
             f"{max_new_tokens} (>= 0) is out of range"
+        )
+    if max_new_tokens > room:
+        log.warning(
+            "max_new_tokens %d is cut to %d: the model has %d positions, the prompt takes %d",
+            *(max_new_tokens, room, model.max_positions, len(ids)),
         )
     return _stream(model, tokenizer, ids, min(max_new_tokens, room), temperature, top_p, seed)
 

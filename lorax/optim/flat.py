@@ -153,13 +153,13 @@ class Page:
         """Give the page its memory, (nbytes,) uint8, zeroed."""
         self.memory = memory
         self.moments.bind(memory, self.elements)
-        self._states = [
-            {"step": step, **self.moments.state(start, p.shape)}
-            for step, start, p in zip(self.steps, self.starts, self.parameters, strict=False)
-        ]
+        self._states = []
+        for step, start, p in zip(self.steps, self.starts, self.parameters, strict=False):
+            state = {"step": step, **self.moments.state(start, p.shape)}
+            self._states.append({name: apart(view) for name, view in state.items()})
 
     def state(self, index: int) -> dict[str, Tensor]:
-        """The state of a parameter, by torch's names: views into the page."""
+        """The state of a parameter, by torch's names: the page's memory, each `apart`."""
         return dict(self._states[index])
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
@@ -259,6 +259,19 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
 def round_up(n: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below n."""
     return -(-n // multiple) * multiple
+
+
+def apart(view: Tensor) -> Tensor:
+    """The same memory as a contiguous view's, as a tensor with a storage of just its own size.
+
+    For what is handed out. torch.save and safetensors write storages, not views: of a view they
+    write the whole page, and they refuse a page that is bytes here and float32 there.
+    """
+    start = view.storage_offset() * view.itemsize
+    own = view.untyped_storage()[start : start + view.nbytes]  # keeps the page alive, copies none
+    return torch.empty(0, dtype=view.dtype, device=view.device).set_(
+        own, 0, view.shape, view.stride()
+    )
 
 
 def carve(memory: Tensor, start: int, dtype: torch.dtype, elements: int) -> tuple[Tensor, int]:

@@ -92,6 +92,10 @@ class PagedMemory(Memory):
         """See `Memory`."""
         return PagedMemory(self.write_back, self.forced_pressure)
 
+    def __reduce__(self) -> tuple[type[PagedMemory], tuple[bool, bool]]:
+        """What pickle keeps: the settings; what was given out stays in this process."""
+        return PagedMemory, (self.write_back, self.forced_pressure)
+
     def counters(self) -> PagingCounters:
         """What moved so far."""
         for pager in self._pagers.values():

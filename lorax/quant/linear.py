@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax.quant import llm_int8, ops
+from lorax.quant import llm_int8, ops, traced
 from lorax.quant.formats import from_state_dict
 from lorax.quant.nf4 import FourBitTensor
 from lorax.quant.tensor import QuantizedTensor
@@ -94,6 +94,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if torch.compiler.is_compiling():
+            return traced.linear(x, self.quantized, self.bias)
         if self.has_kernels(x):
             assert isinstance(self.quantized, FourBitTensor)
             if self.trains_bias:
@@ -103,6 +105,8 @@ class QuantizedLinear(nn.Module):
 
     def has_kernels(self, x: Tensor) -> bool:
         """Whether a Triton kernel takes this layer's product with x: four bits, on CUDA."""
+        if torch.compiler.is_compiling():
+            return False  # traced.py's operator takes it
         return isinstance(self.quantized, FourBitTensor) and ops.uses_triton(x)
 
     @property
@@ -150,3 +154,9 @@ class QuantizedLinear(nn.Module):
         """What `print(model)` shows of this layer."""
         q = self.quantized
         return f"{self.in_features}, {self.out_features}, {q.describe()}"
+
+
+def stored_format(model: nn.Module) -> str | None:
+    """The format of a model's quantized Linears (of the first, where they differ), or None."""
+    found = (m.quantized.format for m in model.modules() if isinstance(m, QuantizedLinear))
+    return next(found, None)

@@ -38,7 +38,7 @@ from lorax.models import Model
 from lorax.training.evaluate import evaluate
 from lorax.training.loss import summed_loss
 from lorax.training.methods import StepHook, model_dtype, result_path, save_result, set_up
-from lorax.training.metrics import Line, MetricsFile, plot_loss
+from lorax.training.metrics import Line, MetricsFile, draw_loss
 from lorax.training.optimizers import build_optimizer, paging_line, set_rates
 from lorax.training.recipe import Recipe
 from lorax.training.schedule import rate_factor, total_steps, warmup_steps
@@ -88,6 +88,8 @@ def train(recipe: Recipe | str | Path, listener: Listener | None = None) -> Run:
     Raises:
         RecipeError, FormatError, DataError, AdapterError: before anything is written.
         NumericalStop: a loss or gradient was not finite; metrics.jsonl ends with that step.
+        EnvironmentProblem: the disk is full or refuses. A picture that cannot be drawn is one
+            warning in the log.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
@@ -97,17 +99,22 @@ def train(recipe: Recipe | str | Path, listener: Listener | None = None) -> Run:
     model, tokenizer, plan = prepare(recipe)
     listener.planned(plan)
     metrics = _start_run(output, recipe)
+    measured = _Measured(model, tokenizer, plan, metrics, listener)
+    saved = "not saved"
     try:
-        _train_steps(model, tokenizer, plan, metrics, listener)
+        _train_steps(model, tokenizer, plan, measured)
+        # First of all what took hours; the last evaluation and the picture cannot cost it then.
+        plan.hook.finish()
+        save_result(model, tokenizer, recipe)
+        saved = "saved"
+        measured.evaluate(plan.total_steps)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"metrics so far are in {output}, the {result_path(recipe).name} was not saved"
+            f"metrics so far are in {output}, the {result_path(recipe).name} was {saved}"
         ) from None
     finally:
         metrics.close()
-        plot_loss(metrics.lines, output / "loss.png")
-    plan.hook.finish()
-    save_result(model, tokenizer, recipe)
+        draw_loss(metrics.lines, output / "loss.png", warn=saved == "saved")
     model.eval()
     return Run(output, metrics.lines, model, tokenizer, result_path(recipe))
 
@@ -135,9 +142,29 @@ def prepare(recipe: Recipe) -> tuple[Model, Tokenizer, Plan]:
     return model, tokenizer, plan
 
 
-def _train_steps(
-    model: Model, tokenizer: Tokenizer, plan: Plan, metrics: MetricsFile, listener: Listener
-) -> None:
+@dataclass(frozen=True)
+class _Measured:
+    """Where a run's numbers go: into metrics.jsonl, then to the listener."""
+
+    model: Model
+    tokenizer: Tokenizer
+    plan: Plan
+    metrics: MetricsFile
+    listener: Listener
+
+    def write(self, line: Line) -> None:
+        """Put a line down."""
+        self.metrics.write(line)
+        self.listener.measured(line)
+
+    def evaluate(self, step: int) -> None:
+        """Measure the held-out rows, if there are some."""
+        if self.plan.eval_rows:
+            size, pad_id = self.plan.recipe.train.micro_batch_size, self.tokenizer.pad_token_id
+            self.write({"step": step, **evaluate(self.model, self.plan.eval_rows, size, pad_id)})
+
+
+def _train_steps(model: Model, tokenizer: Tokenizer, plan: Plan, measured: _Measured) -> None:
     settings = plan.recipe.train
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -147,17 +174,7 @@ def _train_steps(
     pad_id = padding_id(tokenizer.pad_token_id, embedding_weight(model).shape[0])
     tokens = 0
     started = time.perf_counter()
-
-    def measure(line: Line) -> None:
-        metrics.write(line)
-        listener.measured(line)
-
-    def evaluate_at(step: int) -> None:
-        size, pad_id = settings.micro_batch_size, tokenizer.pad_token_id
-        measure({"step": step, **evaluate(model, plan.eval_rows, size, pad_id)})
-
-    if plan.eval_rows:
-        evaluate_at(0)
+    measured.evaluate(0)
     model.train()
     batches = step_batches(
         plan.train_rows, settings.batch_size, settings.seed, plan.recipe.data.shuffle
@@ -185,15 +202,15 @@ def _train_steps(
             "tokens": tokens,
             "seconds": round(time.perf_counter() - started, 3),
         }
-        _stop_unless_finite(line, metrics)
+        _stop_unless_finite(line, measured.metrics)
         set_rates(optimizer, base_rates, factor)
         optimizer.step()
         line |= plan.hook.after_step()
         optimizer.zero_grad()
-        measure(line | paging_line(optimizer))
+        measured.write(line | paging_line(optimizer))
         due = settings.eval_steps is not None and step % settings.eval_steps == 0
-        if plan.eval_rows and (due or step == plan.total_steps):
-            evaluate_at(step)
+        if due and step < plan.total_steps:  # the last one comes after saving
+            measured.evaluate(step)
 
 
 def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:

@@ -1,11 +1,16 @@
 """What a run writes down: metrics.jsonl line by line, and its picture."""
 
+import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorax.errors import EnvironmentProblem, one_line
+
 Line = dict[str, Any]
+log = logging.getLogger("lorax")
 
 
 class MetricsFile:
@@ -13,17 +18,41 @@ class MetricsFile:
 
     def __init__(self, path: Path):
         self.lines: list[Line] = []
+        self._path = path
         self._file = path.open("w", encoding="utf-8")
 
     def write(self, line: Line) -> None:
-        """Append a line."""
+        """Append a line.
+
+        Raises:
+            EnvironmentProblem: the disk is full or refuses.
+        """
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{self._path}: step {line['step']} could not be written ({error.strerror}); "
+                "expected room for a line a step: free some and run again"
+            ) from None
 
     def close(self) -> None:
         """No more lines."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what `write` could not put down, and has reported
+            self._file.close()
+
+
+def draw_loss(lines: Sequence[Line], path: Path, warn: bool = True) -> None:
+    """`plot_loss`, where a picture that fails is a warning in the log at most, and costs nothing.
+
+    warn: False where another error is on its way to the user.
+    """
+    try:
+        plot_loss(lines, path)
+    except Exception as error:  # the disk, a font, a missing or broken matplotlib
+        if warn:
+            log.warning("%s: the picture was not drawn (%s)", path, one_line(error))
 
 
 def plot_loss(lines: Sequence[Line], path: Path) -> None:

@@ -6,12 +6,18 @@ from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.prompt_config import PromptTuningConfig
 from lorax.data.kinds import find_kind, rename
 from lorax.data.rows import Row, read_rows
+from lorax.formats.directory import check_free
 from lorax.training.recipe import Recipe
 from lorax.training.schedule import total_steps
 
 
 def describe(recipe: Recipe) -> str:
-    """The resolved recipe as TOML, and what is known of the data without loading a model."""
+    """The resolved recipe as TOML, and what is known of the data without loading a model.
+
+    Raises:
+        UsageError: the output directory is taken, as the run itself would say.
+    """
+    check_free(Path(recipe.train.output_dir))
     train = recipe.train
     accumulation = -(-train.batch_size // train.micro_batch_size)
     path = Path(recipe.data.path)

@@ -28,7 +28,7 @@ from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.prompt_config import PromptTuningConfig
 from lorax.data.kinds import Column
-from lorax.errors import AdapterError, RecipeError
+from lorax.errors import AdapterError, RecipeError, require
 
 
 class Section(BaseModel):
@@ -169,10 +169,10 @@ class Recipe(Section):
         """Read a TOML file; `overrides` are {"train.learning_rate": 1e-4, ...}.
 
         Raises:
-            RecipeError: no such file, no TOML, an unknown key, an impossible value, or a feature
-                that is not there.
+            EnvironmentProblem: no such file. RecipeError: no TOML, an unknown key, an impossible
+                value, or a feature that is not there.
         """
-        path = Path(path).expanduser()
+        path = require(path)
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:

@@ -30,16 +30,21 @@ import torch
 from torch import Tensor
 
 from lorax.adapters.inject import adapter_config, adapter_layers
-from lorax.data.docstrings import HELD_OUT_MODULES, pairs
-from lorax.data.tokenizer import Tokenizer
-from lorax.data.vocabulary import check_vocabulary
-from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatError, UsageError
+from lorax.errors import (
+    AdapterError,
+    EnvironmentProblem,
+    FormatError,
+    LoraxError,
+    UsageError,
+)
+from lorax.formats.adapter_tokenizer import load_adapter_tokenizer
 from lorax.formats.fingerprint import KEY, parse
 from lorax.formats.hub import find_model
-from lorax.formats.huggingface import load_model, load_tokenizer, save_model
+from lorax.formats.huggingface import as_dtype, load_model, open_model_files, save_model
 from lorax.formats.json_files import read_json
 from lorax.formats.peft import load_adapter
-from lorax.formats.peft_directory import CONFIG, TENSORS, find_adapter
+from lorax.formats.peft_directory import CONFIG, TENSORS
+from lorax.formats.places import Place, as_trained, needed_adapter, stated_base
 from lorax.formats.safetensors_files import read_file, read_metadata
 from lorax.models import Model
 from lorax.quant.double import NestedScales, dequantize_scales
@@ -49,10 +54,10 @@ from lorax.verify import causes
 from lorax.verify.compare import NESTED_BOUND, compare
 from lorax.verify.difference import EXACT, NESTED, difference
 from lorax.verify.report import FINGERPRINT, Check, Report
+from lorax.verify.rows import batch, random_batch
 from lorax.verify.sides import LoraxSide, PeftSide, packed_by_bitsandbytes
 
 DTYPE = torch.float32
-ROW_TOKENS = 64
 
 
 def verify(
@@ -62,6 +67,7 @@ def verify(
     against: str = "peft",
     reference: str | os.PathLike[str] | None = None,
     quantization: str | None = None,
+    dtype: str = "auto",
     text: str | os.PathLike[str] | None = None,
     tokens: int = 128,
     say: Callable[[str], None] = lambda line: None,
@@ -69,15 +75,19 @@ def verify(
     """Hold lorax against the installed PEFT over one adapter, in float32 on the CPU.
 
     Args:
-        adapter: a PEFT adapter's directory, or a run's.
+        adapter: a PEFT adapter's directory or Hub id, or a run's directory.
         base: the base model, where the adapter's own entry does not lead to it.
         against: "peft".
         reference: another adapter's directory, which PEFT reads in the place of `adapter`, over
             the base that it names (over `base`, if that is given).
         quantization: "nf4", "nf4-dq", "fp4" or "fp4-dq": lorax quantizes the base, bitsandbytes
-            does so on its own, the bytes are compared, and both go on with lorax's. A base that is
-            quantized already needs None.
-        text: a text file; by default docstrings of Python's standard library.
+            does so on its own, the bytes are compared, and both go on with lorax's. None takes
+            what the adapter's run has on record, "none" plain weights. A base that is quantized
+            already needs either.
+        dtype: what the base's weights are rounded to before all that; "auto" takes what the run
+            has on record, else what `load_model` makes of it.
+        text: a text file; by default docstrings of Python's standard library, or random tokens
+            where neither the adapter nor its base has a tokenizer.
         tokens: how many tokens of the text go through both models.
         say: is told what is being done.
 
@@ -90,13 +100,17 @@ def verify(
     """
     if against != "peft":
         raise UsageError(f"against {against!r} is unknown; expected peft")
-    if quantization is not None and quantization not in FORMATS:
-        raise UsageError(f"quantization {quantization!r}: expected {', '.join(FORMATS)}")
     if tokens < 2:
         raise UsageError(f"tokens is {tokens}; expected at least 2")
     _require("peft", "transformers")
     with tempfile.TemporaryDirectory(prefix="lorax-verify-") as folder:
-        job = _Job(_adapter_directory(adapter), base, quantization, Path(folder), say)
+        place = Place(
+            directory := _adapter_directory(adapter),
+            stated_base(directory) if base is None else os.fspath(base),
+        )
+        notes: list[str] = []
+        dtype, quantization = as_trained(place, dtype, quantization, notes.append)
+        job = _Job(place, base is not None, dtype, quantization, Path(folder), say, notes)
         theirs = None if reference is None else _adapter_directory(reference)
         return job.report(theirs, text, tokens)
 
@@ -106,28 +120,37 @@ class _Job:
 
     def __init__(
         self,
-        adapter: Path,
-        base: str | os.PathLike[str] | None,
+        place: Place,
+        base_is_given: bool,
+        dtype: str,
         quantization: str | None,
         folder: Path,
         say: Callable[[str], None],
+        notes: list[str],
     ):
-        self.adapter, self.given_base, self.quantization = adapter, base, quantization
-        self.folder, self.say = folder, say
-        self.base = os.fspath(base) if base is not None else _stated_base(adapter)
-        self.notes: list[str] = []
+        if quantization is not None and quantization not in FORMATS:
+            raise UsageError(
+                f"quantization {quantization!r}: verify covers plain and 4-bit bases; expected "
+                f"{', '.join(FORMATS)}, or none for the plain weights"
+            )
+        assert place.adapter is not None
+        self.adapter, self.base, self.base_is_given = place.adapter, place.model, base_is_given
+        self.dtype = as_dtype(dtype) or open_model_files(self.base).dtype
+        self.quantization, self.folder, self.say, self.notes = quantization, folder, say, notes
+        for note in notes:
+            say(note)
 
     def report(self, reference: Path | None, text: Any, tokens: int) -> Report:
         """Load both sides and compare them, or say why that cannot be."""
         self.say(f"lorax loads {self.base}")
-        model = load_model(self.base, DTYPE, quantization=self.quantization)
+        model = self._base(self.quantization)
         self._check_base(model)
-        ids = batch(load_tokenizer(self.base), model, text, tokens)
+        ids = self._ids(model, text, tokens)
         directory, base = self.adapter, self._files_for_transformers(model)
         if reference is not None:
             directory = reference
-            if self.given_base is None and _stated_base(reference) != self.base:
-                base = find_model(_stated_base(reference))
+            if not self.base_is_given and stated_base(reference) != self.base:
+                base = find_model(stated_base(reference))
         report = Report(
             adapter=str(self.adapter),
             base=self.base,
@@ -146,7 +169,7 @@ class _Job:
             report = replace(report, refusals={FINGERPRINT: mark}, refused_tensor=home)
         self.say(f"PEFT loads {directory}")
         try:
-            theirs, said = load_peft(directory, base)
+            theirs, said = load_peft(directory, base, self.dtype)
         except Exception as error:  # PEFT raises whatever it meets
             reason = f"PEFT does not load it: {type(error).__name__}: {_one_line(error)}"
             refusals = report.refusals | {"peft": reason}
@@ -159,6 +182,26 @@ class _Job:
         checks = compare(mine, theirs, ids, None if reference is not None else self._truth)
         self.notes += _shortened(theirs.notes)
         return replace(report, checks=_before_modules(quantizer, checks), notes=self.notes)
+
+    def _base(self, quantization: str | None) -> Model:
+        """The base's weights in its dtype, quantized; then everything computes in float32."""
+        model = load_model(self.base, self.dtype, quantization=quantization).to(DTYPE)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.dtype = DTYPE
+                if isinstance(module.quantized, FourBitTensor):
+                    module.quantized = replace(module.quantized, dtype=DTYPE)
+        return model
+
+    def _ids(self, model: Model, text: Any, tokens: int) -> Tensor:
+        try:
+            tokenizer = load_adapter_tokenizer(self.adapter, self.base)
+        except LoraxError as error:
+            if text is not None:
+                raise
+            self.notes.append(f"no tokenizer, so random tokens went through both ({error})")
+            return random_batch(model, tokens)
+        return batch(tokenizer, model, text, tokens)
 
     def _load(self, model: Model) -> str:
         """Load the adapter, trainable; what its fingerprint says against that, or ""."""
@@ -175,7 +218,7 @@ class _Job:
         return mark
 
     def _truth(self) -> LoraxSide:
-        model = load_model(self.base, DTYPE, quantization=self.quantization)
+        model = self._base(self.quantization)
         load_adapter(model, self.adapter, check_base=False, check_adapter=False)
         return LoraxSide(model)
 
@@ -205,7 +248,7 @@ class _Job:
         if self.quantization is None:
             return []
         self.say("bitsandbytes quantizes the base")
-        dense = load_model(self.base, DTYPE)
+        dense = self._base(None)
         return list(quantizer_checks(mine, dense))
 
     def _refused(
@@ -215,7 +258,7 @@ class _Job:
         self.notes += _notes_on(directory)
         refusals = {"lorax": reason}
         try:
-            theirs, said = load_peft(directory, base)
+            theirs, said = load_peft(directory, base, self.dtype)
             with torch.no_grad():
                 logits = theirs.logits_and_loss(ids)[0]
         except Exception as error:  # PEFT raises whatever it meets
@@ -261,9 +304,10 @@ def quantizer_checks(mine: LoraxSide, dense: Model) -> Iterator[Check]:
             yield Check(path, "quantizer", part, gap, bound, source, note)
 
 
-def load_peft(adapter: Path, base: Path) -> tuple[PeftSide, list[str]]:
+def load_peft(adapter: Path, base: Path, dtype: torch.dtype = DTYPE) -> tuple[PeftSide, list[str]]:
     """The adapter in PEFT over transformers, trainable, in eval mode; and what PEFT warned of.
 
+    The base's weights are rounded to `dtype`, and then computed with in float32.
     4-bit Linears compute in float32, backward too, and run in training mode (they have no dropout):
     in eval mode bitsandbytes repacks them for another product on some CPUs.
     """
@@ -278,7 +322,7 @@ def load_peft(adapter: Path, base: Path) -> tuple[PeftSide, list[str]]:
 
         warnings.simplefilter("always")
         base_model: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=DTYPE, local_files_only=True, use_safetensors=True
+            base, dtype=dtype, local_files_only=True, use_safetensors=True
         )
         for parameter in base_model.parameters():
             if parameter.is_floating_point():  # in 4-bit files some stay 16-bit, whatever is asked
@@ -299,24 +343,6 @@ def load_peft(adapter: Path, base: Path) -> tuple[PeftSide, list[str]]:
     return PeftSide(model), list(dict.fromkeys(said))
 
 
-def batch(
-    tokenizer: Tokenizer, model: Model, text: str | os.PathLike[str] | None, tokens: int
-) -> Tensor:
-    """The first tokens of the text, in rows of up to 64: (B, T) int64.
-
-    Raises:
-        UsageError: fewer than two tokens. DataError: the file cannot be read, or the tokenizer
-            gives ids that the model has no place for.
-    """
-    ids = tokenizer.encode(_read(text))[:tokens]
-    width = min(ROW_TOKENS, model.max_positions, len(ids))
-    rows = len(ids) // width if width else 0
-    if width < 2:
-        raise UsageError(f"the text has {len(ids)} tokens; expected at least 2")
-    check_vocabulary(ids, model.config.vocab_size, tokenizer)
-    return torch.tensor(ids[: rows * width]).view(rows, width)
-
-
 def _before_modules(first: list[Check], checks: list[Check]) -> list[Check]:
     """Put each of the first checks where its module's begin."""
     waiting: dict[str, list[Check]] = {}
@@ -329,33 +355,13 @@ def _shortened(notes: list[str]) -> list[str]:
     return notes if len(notes) < 2 else [f"{notes[0]} (and so for {len(notes) - 1} more)"]
 
 
-def _read(text: str | os.PathLike[str] | None) -> str:
-    if text is None:
-        return "\n\n".join(answer for _, answer in pairs(HELD_OUT_MODULES[:3]))
-    try:
-        return Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{os.fspath(text)}: cannot be read ({reason})") from None
-
-
 def _adapter_directory(path: str | os.PathLike[str]) -> Path:
-    directory = Path(path)
-    if (directory / "adapter" / CONFIG).is_file():  # a run's directory
-        directory = directory / "adapter"
-    directory = find_adapter(directory)
+    directory = needed_adapter(path)
     if not (directory / TENSORS).is_file():
         raise FormatError(f"{directory}: no {TENSORS}; expected a PEFT adapter directory")
     if read_json(directory / CONFIG).get("peft_type") == "PROMPT_TUNING":
         raise AdapterError(f"{directory}: a tuned prompt; verify covers adapters that have weights")
     return directory
-
-
-def _stated_base(adapter: Path) -> str:
-    base = read_json(adapter / CONFIG).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UsageError(f"{adapter}: the adapter names no base model; give one with --base")
-    return base
 
 
 def _require(*packages: str) -> None:

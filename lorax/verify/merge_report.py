@@ -31,26 +31,31 @@ def as_dict(
     return found
 
 
-def summary(laboratory: Laboratory, chosen: RouteCost, output: Path | None) -> list[str]:
-    """What was chosen, what it costs, and what was written, in lines."""
+def summary(laboratory: Laboratory, chosen: RouteCost) -> str:
+    """What was chosen and what it costs, in one line."""
     name, worst = chosen.worst
     over = f"dequantized {laboratory.quantization}" if laboratory.quantization else "the base"
     if chosen.route.original:
         over = "the original"
     kind = f"{over}, quantized again" if chosen.route.format else over
-    lines = [
+    return (
         f"route {chosen.route.name} ({kind}): {len(chosen.layers)} layers lose "
         f"{_percent(chosen.share)} of the adapter's effect, {_percent(worst)} at most ({name})"
-    ]
-    if output is not None:
-        lines.append(f"wrote {output}")
-        if chosen.route.residual_rank:
-            lines.append(f"wrote {output / RESIDUAL}: the residual adapter, to be loaded over it")
+    )
+
+
+def written(chosen: RouteCost, output: Path | None) -> list[str]:
+    """What was written, in lines."""
+    if output is None:
+        return []
+    lines = [f"wrote {output}"]
+    if chosen.route.residual_rank:
+        lines.append(f"wrote {output / RESIDUAL}: the residual adapter, to be loaded over it")
     return lines
 
 
 def tables(report: Report) -> list[Table]:
-    """By layer, then all routes side by side with the one that loses least first."""
+    """All routes side by side with the one that loses least first; then by layer."""
     names = [cost.route.name for cost in report.routes]
     layers = Table("layer: lost of the adapter's effect", *names)
     for layer in report.routes[0].layers:
@@ -74,7 +79,7 @@ def tables(report: Report) -> list[Table]:
     adapter = report.adapter
     whole.add_row("no adapter", "100 %", "100 %", f"{adapter.kl:.2e}", f"{adapter.kl_worst:.2e}",
                   "100 %", "")  # fmt: skip
-    return [layers, whole]
+    return [whole, layers]
 
 
 def _percent(share: float) -> str:

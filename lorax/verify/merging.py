@@ -20,7 +20,6 @@ weights are made when the layer computes, and forgotten.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,18 +47,17 @@ from lorax.adapters.routes import (
 from lorax.data.docstrings import HELD_OUT_MODULES, QUESTION, pairs
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
-from lorax.errors import AdapterError, UsageError
-from lorax.formats import bitsandbytes, fingerprint
+from lorax.errors import AdapterError, UsageError, require
+from lorax.formats import bitsandbytes
 from lorax.formats.directory import check_free
 from lorax.formats.huggingface import ModelFiles, open_model_files
-from lorax.formats.json_files import parse_json, read_json
+from lorax.formats.json_files import read_json
 from lorax.formats.merged_model import write_merged
 from lorax.formats.open_model import open_model
-from lorax.formats.peft_directory import CONFIG, TENSORS, read_adapter_config
-from lorax.formats.safetensors_files import read_metadata
+from lorax.formats.peft_directory import CONFIG
+from lorax.formats.places import Place, as_trained, find_place
 from lorax.models import Model
 from lorax.quant import nf4
-from lorax.quant.formats import FORMATS
 from lorax.quant.linear import QuantizedLinear
 from lorax.verify.merge_costs import Report, RouteCost, distance, logits_cost
 
@@ -260,90 +258,51 @@ def open_laboratory(
     quantization: str | None = None,
     original: str | None = None,
     check_base: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Laboratory, Tokenizer]:
     """Load an adapter over the base that it was trained over.
 
     Args:
-        adapter: its directory, or a run's.
+        adapter: its directory or Hub id, or a run's directory.
         base: the base, where the adapter's own entry does not lead to it.
-        dtype, quantization: of the base in training; where they are "auto" and None, what the run
-            says that the adapter belongs to. quantization "none": over the plain weights.
+        dtype, quantization: of the base in training, as in `open_model`.
         device: where to work.
         original: a model with the weights from before quantization; if not given, the base's own
             files, unless these are quantized.
         check_base: as in `load_adapter`.
+        say: is told in one line what the run has on record.
 
     Raises:
         AdapterError: a prompt, or a bias, which no weights can hold. UsageError: `original` is
             another kind of model, or quantized too. And all that `open_model` raises.
     """
-    _refuse_prompts(adapter)
-    if quantization is None or dtype == "auto":
-        stated = trained_over(adapter)
-        dtype = stated.get("dtype", "auto") if dtype == "auto" else dtype
-        if quantization is None and not _is_quantized(adapter, base):
-            quantization = stated.get("quantization")
-    if quantization == "none":
-        quantization = None
+    place = find_place(adapter, base)
+    _refuse_what_is_not_merged(place, adapter)
+    dtype, quantization = as_trained(place, dtype, quantization, say)
     model, tokenizer = open_model(
-        adapter,
-        base,
+        place.adapter or adapter,
+        place.model,
         dtype=dtype,
         device=device,
-        quantization=quantization,
-        needs_adapter=True,
+        quantization=quantization or "none",
         check_base=check_base,
     )
     gained_biases(require_adapter(model))  # what cannot be written is not compared either
     return Laboratory(model, _original(model, original)), tokenizer
 
 
-def trained_over(adapter: str) -> dict[str, str]:
-    """The base's "quantization" and "dtype" in training, as far as they are known.
-
-    From the config.toml of the run that the adapter belongs to, else from the fingerprint in the
-    adapter's own file.
-    """
-    directory = Path(adapter)
-    for run in (directory, directory.parent):
-        if (run / "config.toml").is_file() and (run / "adapter" / CONFIG).is_file():
-            try:
-                found = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
-                raise UsageError(f"{run / 'config.toml'}: cannot be read ({error})") from None
-            section = found.get("model")
-            values = section if isinstance(section, dict) else {}
-            return {k: str(values[k]) for k in ("quantization", "dtype") if k in values}
-    if (directory / TENSORS).is_file():
-        mark = read_metadata(directory / TENSORS).get(fingerprint.KEY)
-        stated = parse_json(mark, f"{directory / TENSORS}: {fingerprint.KEY}") if mark else {}
-        if stated.get("quantization") in FORMATS:
-            return {"quantization": stated["quantization"]}
-    return {}
-
-
-def _is_quantized(adapter: str, base: str | None) -> bool:
-    """Whether the base's own files are quantized: it then loads as it is."""
-    where = Path(adapter)
-    where = where / "adapter" if (where / "adapter" / CONFIG).is_file() else where
-    if not (where / CONFIG).is_file():
-        return False  # no adapter: refused when it is loaded
-    base = base or read_adapter_config(where)[1]
-    if base is None:
-        return False
-    return isinstance(open_model_files(base).source, bitsandbytes.QuantizedFiles)
-
-
-def _refuse_prompts(adapter: str) -> None:
-    for place in (Path(adapter) / "adapter" / CONFIG, Path(adapter) / CONFIG):
-        if place.is_file():
-            kind = read_json(place).get("peft_type")
-            if kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
-                raise AdapterError(
-                    f"{place}: peft_type {kind}: a prompt changes no weight, so there is nothing "
-                    "to merge; keep it as an adapter"
-                )
-            return
+def _refuse_what_is_not_merged(place: Place, path: str) -> None:
+    if place.adapter is None:
+        raise UsageError(
+            f"{path}: no {CONFIG} there; expected an adapter's directory (a model that was "
+            "fine-tuned in full has none)"
+        )
+    kind = read_json(place.adapter / CONFIG).get("peft_type")
+    if kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+        raise AdapterError(
+            f"{place.adapter / CONFIG}: peft_type {kind}: a prompt changes no weight, so there is "
+            "nothing to merge; keep it as an adapter"
+        )
 
 
 def _original(model: Model, path: str | None) -> Original | None:
@@ -377,12 +336,13 @@ def sample(
     text: a file; if not given, questions about Python's library and the docstrings' answers.
 
     Raises:
-        UsageError: the file cannot be read, or is shorter than two tokens.
+        EnvironmentProblem: no such file. UsageError: it is no text, or has less than two tokens.
     """
     if text is None:
         found = pairs(HELD_OUT_MODULES)
         written = "\n\n".join(f"{QUESTION.format(name=n)}\n{answer}" for n, answer in found)
     else:
+        text = require(text)
         try:
             written = text.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
