@@ -63,7 +63,14 @@ def build_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
     except BaseException as error:  # KeyError, IndexError, and what the tokenizers package raises:
         # plain Exceptions, and Rust panics, which are no Exceptions
         raise FormatError(f"{where}: the tokenizer's fields do not fit ({error!r})") from None
-    return Tokenizer(backend, **special, chat_template=template)
+    return Tokenizer(
+        backend,
+        bos_token=special.get("bos_token"),
+        eos_token=special.get("eos_token"),
+        pad_token=special.get("pad_token"),
+        unk_token=special.get("unk_token"),
+        chat_template=template,
+    )
 
 
 def _backend(about: dict[str, Any], special: dict[str, str], where: str) -> Backend:
@@ -94,7 +101,7 @@ def _backend(about: dict[str, Any], special: dict[str, str], where: str) -> Back
 
 
 def _byte_level(vocab: dict[str, int], about: dict[str, Any], where: str) -> Backend:
-    merges = [tuple(merge.split(" ", 1)) for merge in _texts(about["merges"])]
+    merges = [_pair(merge) for merge in _texts(about["merges"])]
     family = about.get("pre")
     model = models.BPE(vocab=vocab, merges=merges, ignore_merges=family in _LLAMA3)
     backend = Backend(model)
