@@ -410,7 +410,7 @@ def test_an_unknown_model_type_is_refused_by_name(good, tmp_path, kind):
         ({"hidden_size": 16.0}, "hidden_size"),
         ({"hidden_size": "16"}, "hidden_size"),
         ({"hidden_size": True}, "hidden_size"),
-        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": None}, "4096"),  # a missing key is the default of transformers
         ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
         ({"vocab_size": 2**62}, "vocab_size"),
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "heads"),
