@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.config import LoRAConfig
+from lorax.adapters.config_keys import KEPT
 from lorax.adapters.prompt_config import PromptTuningConfig
 from lorax.errors import AdapterError, RecipeError
 
@@ -119,7 +120,7 @@ _CONFIGS: dict[str, type[LoRAConfig] | type[PromptTuningConfig]] = {
 
 def _fields(config: Any) -> dict[str, Any]:
     """A config's fields as pydantic takes them: name -> (type, default)."""
-    types, left_out = get_type_hints(config), _NOT_IN_RECIPES.get(config, ())
+    types, left_out = get_type_hints(config), {*_NOT_IN_RECIPES.get(config, ()), *KEPT}
     fields = {}
     for field in dataclasses.fields(config):
         default = field.default

@@ -42,6 +42,10 @@ def summary(laboratory: Laboratory, chosen: RouteCost, output: Path | None) -> l
         f"route {chosen.route.name} ({kind}): {len(chosen.layers)} layers lose "
         f"{_percent(chosen.share)} of the adapter's effect, {_percent(worst)} at most ({name})"
     ]
+    if not any(cost.effect for cost in chosen.layers.values()):
+        lines = [
+            f"route {chosen.route.name} ({kind}): the adapter changes nothing in {len(chosen.layers)} layers"
+        ]
     if output is not None:
         lines.append(f"wrote {output}")
         if chosen.route.residual_rank:

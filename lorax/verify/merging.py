@@ -288,7 +288,7 @@ def open_laboratory(
         needs_adapter=True,
         check_base=check_base,
     )
-    gained_biases(require_adapter(model))  # what cannot be written is not compared either
+    gained_biases(model, require_adapter(model))  # what cannot be written is not compared either
     return Laboratory(model, _original(model, original)), tokenizer
 
 
