@@ -46,6 +46,10 @@ Dtype = Annotated[str, Parameter(help="auto, float32 or bfloat16.")]
 Device = Annotated[str, Parameter(help="cpu or cuda.")]
 Base = Annotated[str | None, Parameter(help="The base model, where the adapter's is elsewhere.")]
 CheckBase = Annotated[bool, Parameter(help="Refuse an adapter that was trained over another base.")]
+ResizeVocabulary = Annotated[
+    bool,
+    Parameter(help="Give the base the adapter's vocabulary, where tokens were added.", negative=""),
+]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 Json = Annotated[bool, Parameter(help="Print one JSON object.", negative="")]
 
@@ -116,6 +120,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     check_base: CheckBase = True,
+    resize_vocabulary: ResizeVocabulary = False,
 ) -> None:
     """Let a model, or a model with an adapter, answer a prompt.
 
@@ -130,7 +135,7 @@ def generate(
     """
     from lorax.inference.generate import stream
 
-    model, tokenizer = _open(path, base, dtype, device, quantization, check_base)
+    model, tokenizer = _open(path, base, dtype, device, quantization, check_base, resize_vocabulary)
     if tokenizer.chat_template is not None and not raw:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -160,6 +165,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     check_base: CheckBase = True,
+    resize_vocabulary: ResizeVocabulary = False,
     json: Json = False,
 ) -> None:
     """Loss and perplexity of a model, or of a model with an adapter, on rows of data.
@@ -175,7 +181,7 @@ def evaluate(
     from lorax.data.examples import load_examples
     from lorax.training.evaluate import evaluate as measure
 
-    model, tokenizer = _open(path, base, dtype, device, quantization, check_base)
+    model, tokenizer = _open(path, base, dtype, device, quantization, check_base, resize_vocabulary)
     examples = load_examples(data, tokenizer, max_length)
     result: dict[str, Any] = measure(model, examples.rows, micro_batch_size, tokenizer.pad_token_id)
     numbers = str(embedding_weight(model).dtype).removeprefix("torch.")
@@ -235,6 +241,7 @@ def merge(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     check_base: CheckBase = True,
+    resize_vocabulary: ResizeVocabulary = False,
     json: Json = False,
 ) -> None:
     """Merge an adapter into its base and write a model that transformers opens.
@@ -264,6 +271,7 @@ def merge(
         quantization=quantization,
         original=original,
         check_base=check_base,
+        resize_vocabulary=resize_vocabulary,
     )
     chosen = laboratory.requested(route, format, residual_rank)
     found = None
@@ -487,6 +495,7 @@ def verify(
     text: Annotated[Path | None, Parameter(help="A text file to run through both.")] = None,
     tokens: Annotated[Positive, Parameter(help="How many of its tokens.")] = 128,
     html: Annotated[Path | None, Parameter(help="Write the report there, as one page.")] = None,
+    resize_vocabulary: ResizeVocabulary = False,
     json: Json = False,
 ) -> None:
     """Hold an adapter in lorax against the same adapter in the installed PEFT.
@@ -510,6 +519,7 @@ def verify(
         quantization=quantization,
         text=text,
         tokens=tokens,
+        resize_vocabulary=resize_vocabulary,
         say=lambda line: err.print(line, style="dim", markup=False, highlight=False),
     )
     if html is not None:
@@ -634,6 +644,7 @@ def _open(
     device: str,
     quantization: str | None,
     check_base: bool,
+    resize_vocabulary: bool = False,
     *,
     needs_adapter: bool = False,
 ) -> tuple[Model, Tokenizer]:
@@ -647,6 +658,7 @@ def _open(
         quantization=quantization,
         needs_adapter=needs_adapter,
         check_base=check_base,
+        resize_vocabulary=resize_vocabulary,
     )
 
 

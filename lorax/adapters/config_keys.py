@@ -1,7 +1,7 @@
 """PEFT's further keys for LoRA: kept, passed over, or refused by name. No torch.
 
-PEFT's LoraConfig (0.21.2) has some fifty keywords. What lorax computes with stands in config.py; the
-others are here, so that a line copied from a notebook runs and a file of any PEFT reads:
+PEFT's LoraConfig (0.21.2) has some fifty keywords. What lorax computes with stands in config.py;
+the others are here, so that a line copied from a notebook runs and a file of any PEFT reads:
 
     kept         task_type, revision, ...       describe the adapter; written down again
     not covered  use_qalora, kasa_config, ...   change what is computed; only at rest

@@ -207,8 +207,8 @@ def take_route(
         What each adapted layer lost, and the residuals (A, B), both by path.
 
     Raises:
-        AdapterError: there is no adapter, or it is not finite. QuantizationError: a merged weight is not finite, and the
-            model is then merged in part.
+        AdapterError: there is no adapter, or it is not finite. QuantizationError: a merged weight
+            is not finite, and the model is then merged in part.
     """
     check_finite(model)
     costs: dict[str, routes.LayerCost] = {}

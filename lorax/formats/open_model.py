@@ -1,9 +1,11 @@
 """A model, or an adapter with its base, whichever lies at a path."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lorax.data.tokenizer import Tokenizer
-from lorax.errors import UsageError
+from lorax.errors import EnvironmentProblem, FormatError, UsageError
 from lorax.formats.huggingface import load_model, load_tokenizer
 from lorax.formats.peft import load_adapter
 from lorax.formats.peft_directory import CONFIG, is_adapter, read_adapter_config
@@ -19,6 +21,7 @@ def open_model(
     quantization: str | None = None,
     needs_adapter: bool = False,
     check_base: bool = True,
+    resize_vocabulary: bool = False,
 ) -> tuple[Model, Tokenizer]:
     """Load a model, or an adapter with its base, whichever lies at `path`; and its tokenizer.
 
@@ -28,7 +31,7 @@ def open_model(
         base: the base of an adapter, where its config's own entry does not lead to it.
         dtype, device, quantization: as in `load_model`.
         needs_adapter: refuse a plain model.
-        check_base: as in `load_adapter`.
+        check_base, resize_vocabulary: as in `load_adapter`.
 
     Raises:
         UsageError: an adapter that names no base, a plain model with a `base`, or one where an
@@ -47,9 +50,28 @@ def open_model(
         model = load_model(path, dtype, device, quantization)
         return model, load_tokenizer(path)
     stated = read_adapter_config(path)[1]
-    base = base or stated
+    given, base = base, base or stated
     if base is None:
         raise UsageError(f"{path}: the adapter names no base model; give one with --base")
-    model = load_model(base, dtype, device, quantization)
-    load_adapter(model, path, check_base=check_base)
+    with stated_base(path, base, given):
+        model = load_model(base, dtype, device, quantization)
+    load_adapter(model, path, check_base=check_base, resize_vocabulary=resize_vocabulary)
     return model, load_tokenizer(base)
+
+
+@contextmanager
+def stated_base(adapter: str | Path, base: str, given: str | None) -> Iterator[None]:
+    """Inside the `with` the base is opened; where only the adapter's own entry leads to it and it
+    is not there, the error says what to do.
+
+    adapter: its directory. base: what is opened. given: what the user said, or None.
+    """
+    try:
+        yield
+    except (EnvironmentProblem, FormatError, UsageError) as error:
+        if given is not None or Path(base).exists():
+            raise
+        raise type(error)(
+            f"{error}. {adapter} names {base!r} as its base; where it lies elsewhere, give it with "
+            "--base"
+        ) from None

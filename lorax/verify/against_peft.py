@@ -36,6 +36,7 @@ from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatErro
 from lorax.formats.fingerprint import KEY, parse
 from lorax.formats.huggingface import find_model, load_model, load_tokenizer, save_model
 from lorax.formats.json_files import read_json
+from lorax.formats.open_model import stated_base
 from lorax.formats.peft import load_adapter
 from lorax.formats.peft_directory import CONFIG, TENSORS, find_adapter
 from lorax.formats.safetensors_files import read_file, read_metadata
@@ -62,6 +63,7 @@ def verify(
     quantization: str | None = None,
     text: str | os.PathLike[str] | None = None,
     tokens: int = 128,
+    resize_vocabulary: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Hold lorax against the installed PEFT over one adapter, in float32 on the CPU.
@@ -77,6 +79,7 @@ def verify(
             quantized already needs None.
         text: a text file; by default docstrings of Python's standard library.
         tokens: how many tokens of the text go through both models.
+        resize_vocabulary: as in `load_adapter`; transformers resizes PEFT's base.
         say: is told what is being done.
 
     Raises:
@@ -95,6 +98,7 @@ def verify(
     _require("peft", "transformers")
     with tempfile.TemporaryDirectory(prefix="lorax-verify-") as folder:
         job = _Job(_adapter_directory(adapter), base, quantization, Path(folder), say)
+        job.resize_vocabulary = resize_vocabulary
         theirs = None if reference is None else _adapter_directory(reference)
         return job.report(theirs, text, tokens)
 
@@ -114,11 +118,13 @@ class _Job:
         self.folder, self.say = folder, say
         self.base = os.fspath(base) if base is not None else _stated_base(adapter)
         self.notes: list[str] = []
+        self.resize_vocabulary = False
 
     def report(self, reference: Path | None, text: Any, tokens: int) -> Report:
         """Load both sides and compare them, or say why that cannot be."""
         self.say(f"lorax loads {self.base}")
-        model = load_model(self.base, DTYPE, quantization=self.quantization)
+        with stated_base(self.adapter, self.base, self.given_base and str(self.given_base)):
+            model = load_model(self.base, DTYPE, quantization=self.quantization)
         self._check_base(model)
         ids = batch(load_tokenizer(self.base), model, text, tokens)
         directory, base = self.adapter, self._files_for_transformers(model)
@@ -144,7 +150,8 @@ class _Job:
             report = replace(report, refusals={FINGERPRINT: mark}, refused_tensor=home)
         self.say(f"PEFT loads {directory}")
         try:
-            theirs, said = load_peft(directory, base)
+            rows = model.config.vocab_size if self.resize_vocabulary else None
+            theirs, said = load_peft(directory, base, rows)
         except Exception as error:  # PEFT raises whatever it meets
             reason = f"PEFT does not load it: {type(error).__name__}: {_one_line(error)}"
             refusals = report.refusals | {"peft": reason}
@@ -160,12 +167,13 @@ class _Job:
 
     def _load(self, model: Model) -> str:
         """Load the adapter, trainable; what its fingerprint says against that, or ""."""
+        resize = {"resize_vocabulary": self.resize_vocabulary}
         try:
-            load_adapter(model, self.adapter, trainable=True)
+            load_adapter(model, self.adapter, trainable=True, **resize)
             return ""
         except AdapterError as error:
             mark = str(error)
-        unchecked = {"check_base": False, "check_adapter": False}
+        unchecked = {"check_base": False, "check_adapter": False, **resize}
         try:
             load_adapter(model, self.adapter, trainable=True, **unchecked)
         except AdapterError as error:
@@ -174,7 +182,8 @@ class _Job:
 
     def _truth(self) -> LoraxSide:
         model = load_model(self.base, DTYPE, quantization=self.quantization)
-        load_adapter(model, self.adapter, check_base=False, check_adapter=False)
+        resize = {"resize_vocabulary": self.resize_vocabulary}
+        load_adapter(model, self.adapter, check_base=False, check_adapter=False, **resize)
         return LoraxSide(model)
 
     def _check_base(self, model: Model) -> None:
@@ -259,9 +268,10 @@ def quantizer_checks(mine: LoraxSide, dense: Model) -> Iterator[Check]:
             yield Check(path, "quantizer", part, gap, bound, source, note)
 
 
-def load_peft(adapter: Path, base: Path) -> tuple[PeftSide, list[str]]:
+def load_peft(adapter: Path, base: Path, rows: int | None = None) -> tuple[PeftSide, list[str]]:
     """The adapter in PEFT over transformers, trainable, in eval mode; and what PEFT warned of.
 
+    rows: the vocabulary's size, where it is to be another than the base's.
     4-bit Linears compute in float32, backward too, and run in training mode (they have no dropout):
     in eval mode bitsandbytes repacks them for another product on some CPUs.
     """
@@ -278,6 +288,8 @@ def load_peft(adapter: Path, base: Path) -> tuple[PeftSide, list[str]]:
         base_model: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype=DTYPE, local_files_only=True, use_safetensors=True
         )
+        if rows is not None:
+            base_model.resize_token_embeddings(rows)
         for parameter in base_model.parameters():
             if parameter.is_floating_point():  # in 4-bit files some stay 16-bit, whatever is asked
                 parameter.data = parameter.data.to(DTYPE)

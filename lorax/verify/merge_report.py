@@ -44,7 +44,8 @@ def summary(laboratory: Laboratory, chosen: RouteCost, output: Path | None) -> l
     ]
     if not any(cost.effect for cost in chosen.layers.values()):
         lines = [
-            f"route {chosen.route.name} ({kind}): the adapter changes nothing in {len(chosen.layers)} layers"
+            f"route {chosen.route.name} ({kind}): the adapter changes nothing in its "
+            f"{len(chosen.layers)} layers"
         ]
     if output is not None:
         lines.append(f"wrote {output}")

@@ -19,6 +19,7 @@ weights are made when the layer computes, and forgotten.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tomllib
 from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ from lorax.formats.directory import check_free
 from lorax.formats.huggingface import ModelFiles, open_model_files
 from lorax.formats.json_files import parse_json, read_json
 from lorax.formats.merged_model import write_merged
-from lorax.formats.open_model import open_model
+from lorax.formats.open_model import open_model, stated_base
 from lorax.formats.peft_directory import CONFIG, TENSORS, read_adapter_config
 from lorax.formats.safetensors_files import read_metadata
 from lorax.models import Model
@@ -254,6 +255,7 @@ def open_laboratory(
     quantization: str | None = None,
     original: str | None = None,
     check_base: bool = True,
+    resize_vocabulary: bool = False,
 ) -> tuple[Laboratory, Tokenizer]:
     """Load an adapter over the base that it was trained over.
 
@@ -265,7 +267,7 @@ def open_laboratory(
         device: where to work.
         original: a model with the weights from before quantization; if not given, the base's own
             files, unless these are quantized.
-        check_base: as in `load_adapter`.
+        check_base, resize_vocabulary: as in `load_adapter`.
 
     Raises:
         AdapterError: a prompt, or a bias, which no weights can hold. UsageError: `original` is
@@ -287,6 +289,7 @@ def open_laboratory(
         quantization=quantization,
         needs_adapter=True,
         check_base=check_base,
+        resize_vocabulary=resize_vocabulary,
     )
     gained_biases(model, require_adapter(model))  # what cannot be written is not compared either
     return Laboratory(model, _original(model, original)), tokenizer
@@ -322,10 +325,11 @@ def _is_quantized(adapter: str, base: str | None) -> bool:
     where = where / "adapter" if (where / "adapter" / CONFIG).is_file() else where
     if not (where / CONFIG).is_file():
         return False  # no adapter: refused when it is loaded
-    base = base or read_adapter_config(where)[1]
+    given, base = base, base or read_adapter_config(where)[1]
     if base is None:
         return False
-    return isinstance(open_model_files(base).source, bitsandbytes.QuantizedFiles)
+    with stated_base(where, base, given):
+        return isinstance(open_model_files(base).source, bitsandbytes.QuantizedFiles)
 
 
 def _refuse_prompts(adapter: str) -> None:
@@ -354,7 +358,8 @@ def _original(model: Model, path: str | None) -> Original | None:
         if path is not None:
             raise UsageError(f"--original {path}: is quantized too")
         return None
-    if files.model.config != model.config:
+    config = dataclasses.replace(files.model.config, vocab_size=model.config.vocab_size)
+    if config != model.config:  # a resized vocabulary is no other model
         raise UsageError(f"--original {path}: its config.json is that of another model")
     return partial(_read, files)
 
