@@ -24,8 +24,6 @@ from lorax.errors import AdapterError
 
 log = logging.getLogger("lorax")
 
-_KEPT: dict[str, Any] = {"compare": False, "repr": False}
-
 # Keys that say nothing about the result, of every kind of adapter.
 DESCRIPTIVE = {
     "auto_mapping",
@@ -57,30 +55,30 @@ class PeftKeywords:
     inference_mode, runtime_config, megatron_core, qalora_group_size: taken, and of no effect.
     """
 
-    task_type: str | None = field(default=None, **_KEPT)
-    peft_type: str = field(default="LORA", **_KEPT)
-    auto_mapping: dict[str, Any] | None = field(default=None, **_KEPT)
-    base_model_name_or_path: str | None = field(default=None, **_KEPT)
-    revision: str | None = field(default=None, **_KEPT)
-    inference_mode: bool = field(default=False, **_KEPT)
-    peft_version: str | None = field(default=None, **_KEPT)
-    runtime_config: Any = field(default=None, **_KEPT)
-    eva_config: dict[str, Any] | None = field(default=None, **_KEPT)
-    corda_config: dict[str, Any] | None = field(default=None, **_KEPT)
-    lora_ga_config: dict[str, Any] | None = field(default=None, **_KEPT)
-    megatron_core: str | None = field(default="megatron.core", **_KEPT)
-    qalora_group_size: int = field(default=16, **_KEPT)
+    task_type: str | None = field(default=None, compare=False, repr=False)
+    peft_type: str = field(default="LORA", compare=False, repr=False)
+    auto_mapping: dict[str, Any] | None = field(default=None, compare=False, repr=False)
+    base_model_name_or_path: str | None = field(default=None, compare=False, repr=False)
+    revision: str | None = field(default=None, compare=False, repr=False)
+    inference_mode: bool = field(default=False, compare=False, repr=False)
+    peft_version: str | None = field(default=None, compare=False, repr=False)
+    runtime_config: Any = field(default=None, compare=False, repr=False)
+    eva_config: dict[str, Any] | None = field(default=None, compare=False, repr=False)
+    corda_config: dict[str, Any] | None = field(default=None, compare=False, repr=False)
+    lora_ga_config: dict[str, Any] | None = field(default=None, compare=False, repr=False)
+    megatron_core: str | None = field(default="megatron.core", compare=False, repr=False)
+    qalora_group_size: int = field(default=16, compare=False, repr=False)
 
-    alora_invocation_tokens: Any = field(default=None, **_KEPT)
-    arrow_config: Any = field(default=None, **_KEPT)
-    kasa_config: Any = field(default=None, **_KEPT)
-    layer_replication: Any = field(default=None, **_KEPT)
-    megatron_config: Any = field(default=None, **_KEPT)
-    monteclora_config: Any = field(default=None, **_KEPT)
-    target_parameters: Any = field(default=None, **_KEPT)
-    use_bdlora: Any = field(default=None, **_KEPT)
-    use_qalora: bool = field(default=False, **_KEPT)
-    velora_config: Any = field(default=None, **_KEPT)
+    alora_invocation_tokens: Any = field(default=None, compare=False, repr=False)
+    arrow_config: Any = field(default=None, compare=False, repr=False)
+    kasa_config: Any = field(default=None, compare=False, repr=False)
+    layer_replication: Any = field(default=None, compare=False, repr=False)
+    megatron_config: Any = field(default=None, compare=False, repr=False)
+    monteclora_config: Any = field(default=None, compare=False, repr=False)
+    target_parameters: Any = field(default=None, compare=False, repr=False)
+    use_bdlora: Any = field(default=None, compare=False, repr=False)
+    use_qalora: bool = field(default=False, compare=False, repr=False)
+    velora_config: Any = field(default=None, compare=False, repr=False)
 
     def _settle_keywords(self) -> None:
         """Put defaults where null or nothing stands, and refuse what is not covered."""
@@ -89,9 +87,9 @@ class PeftKeywords:
             default = default_of(each)
             if each.name in NOT_COVERED and value:
                 raise AdapterError(f"{each.name} = {value!r} is not covered by lorax")
-            if value is None or (_is_empty(value) and each.name != "target_modules"):
+            nothing = value is None or (_is_empty(value) and each.name != "target_modules")
+            if nothing or each.name == "peft_type":  # PEFT too overwrites the latter
                 object.__setattr__(self, each.name, default)
-        object.__setattr__(self, "peft_type", type(self).peft_type)  # as PEFT: whatever is given
         for name in ("task_type", "eva_config", "corda_config", "lora_ga_config"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
 

@@ -30,5 +30,12 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def head_path(model: nn.Module) -> str | None:
-    """The output layer's path; None where the model is no language model."""
-    return HEAD if is_language_model(model) else None
+    """The output layer's path; None where the model has none that it names.
+
+    transformers' models are asked, too: PEFT's "all-linear" leaves their heads out.
+    """
+    if is_language_model(model):
+        return HEAD
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    return next((name for name, module in model.named_modules() if module is head), None)

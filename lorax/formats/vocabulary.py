@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.tables import embedding_path, head_path, is_tied
+from lorax.adapters.tables import HEAD, embedding_path, is_tied
 from lorax.errors import AdapterError
 from lorax.formats.peft_directory import PREFIX
 
@@ -32,8 +32,9 @@ _ENDS = ("original_module.weight", "token_adapter.base_layer.weight", "base_laye
 
 
 def table_paths(model: nn.Module) -> list[str]:
-    """The paths of embedding and head; none of a module that is no language model."""
-    return [path for path in (embedding_path(model), head_path(model)) if path is not None]
+    """The paths of embedding and head; none of a module that is none of lorax's models."""
+    embedding = embedding_path(model)
+    return [] if embedding is None else [embedding, HEAD]
 
 
 def match_vocabulary(
