@@ -8,11 +8,13 @@ import torch
 from oracles import llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_pairs import disturb, largest_difference, logits
+from tiny_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 import lorax
 from lorax.errors import AdapterError
 from lorax.formats.open_model import open_model
+from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.verify.against_peft import verify
 
 ROWS = 103  # llama() has 97
@@ -125,11 +127,10 @@ def test_equal_tables_are_left_out(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_verify_and_the_command_line_resize(tmp_path, monkeypatch):
-    from tiny_tokenizer import save_tokenizer
-
-    trained(tmp_path, {"target_modules": ["q_proj"]})
-    save_tokenizer(tmp_path / "base")
-    assert verify(tmp_path / "a", tmp_path / "base", resize_vocabulary=True, tokens=16).holds
+def test_verify_and_open_model_resize(tmp_path):
+    trained(tmp_path, {"target_modules": ["q_proj"]}, rows=300, vocab_size=270)
+    write_tokenizer(byte_tokenizer(), tmp_path / "base")
+    report = verify(tmp_path / "a", tmp_path / "base", resize_vocabulary=True, tokens=16)
+    assert report.holds, str(report)
     model, _ = open_model(str(tmp_path / "a"), str(tmp_path / "base"), resize_vocabulary=True)
-    assert model.config.vocab_size == ROWS
+    assert model.config.vocab_size == 300

@@ -123,7 +123,8 @@ class _Job:
     def report(self, reference: Path | None, text: Any, tokens: int) -> Report:
         """Load both sides and compare them, or say why that cannot be."""
         self.say(f"lorax loads {self.base}")
-        with stated_base(self.adapter, self.base, self.given_base and str(self.given_base)):
+        given = None if self.given_base is None else os.fspath(self.given_base)
+        with stated_base(self.adapter, self.base, given):
             model = load_model(self.base, DTYPE, quantization=self.quantization)
         self._check_base(model)
         ids = batch(load_tokenizer(self.base), model, text, tokens)
