@@ -409,7 +409,6 @@ def test_lora_plus_sees_every_copy(tmp_path):
         ({"trainable_token_indices": [97]}, "rows 0 to 96"),
         ({"trainable_token_indices": [-1]}, "rows 0 to 96"),
         ({"trainable_token_indices": [5, 5]}, "each once"),
-        ({"trainable_token_indices": []}, "each once"),
         ({"trainable_token_indices": [1.5]}, "whole numbers"),
         ({"trainable_token_indices": {"embed": [1]}}, "embed"),
         ({"trainable_token_indices": {"norm": [1]}}, "expected an Embedding"),
