@@ -63,6 +63,10 @@ PlainDtype = Annotated[
 Device = Annotated[str, Parameter(help="cpu or cuda.")]
 Base = Annotated[str | None, Parameter(help="The base model, where the adapter's is elsewhere.")]
 CheckBase = Annotated[bool, Parameter(help="Refuse an adapter that was trained over another base.")]
+ResizeVocabulary = Annotated[
+    bool,
+    Parameter(help="Give the base the adapter's vocabulary, where tokens were added.", negative=""),
+]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 Json = Annotated[bool, Parameter(help="Print one JSON object.", negative="")]
 
@@ -135,6 +139,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     check_base: CheckBase = True,
+    resize_vocabulary: ResizeVocabulary = False,
 ) -> None:
     """Let a model, or a model with an adapter, answer a prompt.
 
@@ -149,7 +154,7 @@ def generate(
     """
     from lorax.inference.generate import stream
 
-    model, tokenizer = _open(path, base, dtype, device, quantization, check_base)
+    model, tokenizer = _open(path, base, dtype, device, quantization, check_base, resize_vocabulary)
     if tokenizer.chat_template is not None and not raw:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -179,6 +184,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     check_base: CheckBase = True,
+    resize_vocabulary: ResizeVocabulary = False,
     json: Json = False,
 ) -> None:
     """Loss and perplexity of a model, or of a model with an adapter, on rows of data.
@@ -196,7 +202,7 @@ def evaluate(
     from lorax.quant.linear import stored_format
     from lorax.training.evaluate import evaluate as measure
 
-    model, tokenizer = _open(path, base, dtype, device, quantization, check_base)
+    model, tokenizer = _open(path, base, dtype, device, quantization, check_base, resize_vocabulary)
     examples = load_examples(data, tokenizer, max_length)
     for row in examples.rows:
         check_vocabulary(row.ids, embedding_weight(model).shape[0], tokenizer)
@@ -259,6 +265,7 @@ def merge(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     check_base: CheckBase = True,
+    resize_vocabulary: ResizeVocabulary = False,
     json: Json = False,
 ) -> None:
     """Merge an adapter into its base and write a model that transformers opens.
@@ -289,6 +296,7 @@ def merge(
         original=original,
         check_base=check_base,
         say=_tell,
+        resize_vocabulary=resize_vocabulary,
     )
     chosen = laboratory.requested(route, format, residual_rank)
     found = None
@@ -523,6 +531,7 @@ def verify(
     html: Annotated[
         LocalPath | None, Parameter(help="Write the report there, as one page.")
     ] = None,
+    resize_vocabulary: ResizeVocabulary = False,
     json: Json = False,
 ) -> None:
     """Hold an adapter in lorax against the same adapter in the installed PEFT.
@@ -547,6 +556,7 @@ def verify(
         dtype=dtype,
         text=text,
         tokens=tokens,
+        resize_vocabulary=resize_vocabulary,
         say=_tell,
     )
     if html is not None:
@@ -678,6 +688,7 @@ def _open(
     device: str,
     quantization: str | None,
     check_base: bool,
+    resize_vocabulary: bool = False,
 ) -> tuple[Model, Tokenizer]:
     from lorax.formats.open_model import open_model
 
@@ -689,6 +700,7 @@ def _open(
         quantization=quantization,
         check_base=check_base,
         say=_tell,
+        resize_vocabulary=resize_vocabulary,
     )
 
 

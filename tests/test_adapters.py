@@ -269,7 +269,7 @@ def test_a_refused_config_leaves_the_model_as_it_was(config, word, model):
         ({"lora_alpha": float("nan")}, "lora_alpha is nan; expected a finite"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"bias": "some"}, "bias is 'some'"),
-        ({"init_lora_weights": "eva"}, "init_lora_weights is 'eva'"),
+        ({"init_lora_weights": "evil"}, "init_lora_weights is 'evil'"),
         ({"target_modules": "(q_proj"}, "no regular expression"),
         ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\] is -1"),
     ],
@@ -279,7 +279,7 @@ def test_impossible_values_are_refused_by_name(bad, message):
         lorax.LoRAConfig(**bad)
 
 
-@pytest.mark.parametrize("key", ["eva_config", "corda_config"])
+@pytest.mark.parametrize("key", ["kasa_config", "velora_config"])
 def test_what_is_not_covered_is_refused_by_name(key):
     with pytest.raises(AdapterError, match=key):
         lorax.LoRAConfig.from_dict({key: ["x"]})

@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracles import gpt2, llama, peft_model, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_pairs import config_as_read
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -106,7 +107,7 @@ def test_the_same_modules_are_adapted(case, tmp_path):
 HEAD_COPY = "base_model.model.lm_head.base_layer.weight"
 
 
-def test_a_head_trained_over_another_base_is_refused(tmp_path):
+def test_a_head_that_came_with_the_file_is_taken_against_peft(tmp_path, caplog):
     base = llama()
     base.save_pretrained(tmp_path / "base")
     peft_model(base, **CASES["head"]).save_pretrained(tmp_path / "adapter")
@@ -114,8 +115,13 @@ def test_a_head_trained_over_another_base_is_refused(tmp_path):
     tensors = load_file(path)
     tensors[HEAD_COPY][0, 0] += 1
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(AdapterError, match="another base"):
-        lorax.load_adapter(lorax.load_model(tmp_path / "base"), tmp_path / "adapter")
+    mine = lorax.load_model(tmp_path / "base")
+    lorax.load_adapter(mine, tmp_path / "adapter")
+    assert "lm_head.base_layer.weight differ from the base's" in caplog.text
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
+    assert largest_difference(mine, theirs) <= FLOAT32
+    lorax.unload_adapter(mine)
+    assert largest_difference(mine, base) <= FLOAT32
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,16 +141,7 @@ def test_bytes_and_config_survive_the_round_trip(case, tmp_path):
     for name in one:
         assert one[name].dtype == two[name].dtype
         assert torch.equal(one[name], two[name]), name
-    theirs, ours = (
-        json.loads((tmp_path / who / "adapter_config.json").read_text())
-        for who in ("theirs", "mine")
-    )
-    assert set(ours) == set(theirs)
-    for config in (theirs, ours):
-        if isinstance(config["target_modules"], list):
-            config["target_modules"].sort()  # a set in PEFT's memory
-        config["base_model_name_or_path"] = None
-    assert ours == theirs
+    assert config_as_read(tmp_path / "mine") == config_as_read(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("case", ["all-linear", "rslora", "gpt2 all-linear"])
@@ -232,8 +229,8 @@ def test_tensors_that_do_not_fit_are_refused_by_name(fault, adapter):
         ({"peft_type": "ADALORA"}, AdapterError, "total_step"),
         ({"bias": "some"}, AdapterError, "bias"),
         ({"lora_alpha": "x"}, AdapterError, "lora_alpha"),
-        ({"something_new": 3}, AdapterError, "something_new"),
-        ({"target_modules": ["q_proj", "qq_proj"]}, AdapterError, "qq_proj"),
+        ({"use_something_new": True}, AdapterError, "use_something_new"),
+        ({"target_modules": ["qq_proj"]}, AdapterError, "qq_proj"),
         ({"target_modules": 7}, FormatError, "target_modules"),
         ({"rank_pattern": {"(": 3}}, AdapterError, "regular expression"),
     ],

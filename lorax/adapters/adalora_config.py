@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 from lorax.adapters.config import LoRAConfig, check_rank
 from lorax.errors import AdapterError
@@ -51,9 +51,10 @@ class AdaLoRAConfig(LoRAConfig):
     total_step: int | None = None
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
 
-    peft_type: ClassVar[str] = "ADALORA"
+    peft_type: str = field(default="ADALORA", kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._settle_keywords()
         for key, rest in _NOT_FOR_ADALORA.items():
             if getattr(self, key) != rest:
                 raise AdapterError(f"{key} = {getattr(self, key)!r} does not go with AdaLoRA")

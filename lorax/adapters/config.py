@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
+from lorax.adapters.config_keys import NOT_COVERED, PeftKeywords, check_unknown, log
 from lorax.errors import AdapterError
 
 # What PEFT adapts where target_modules is not given, by model type.
@@ -19,39 +19,15 @@ NITER = re.compile(r"pissa_niter_(\d{1,3})")  # PiSSA by a randomized SVD
 
 MAX_RANK = 2**16  # above any layer's width; a stranger's config may ask for anything
 
-# PEFT's further keys for LoRA (0.21.2) and their defaults. At its default a key changes nothing;
-# any other value asks for something that lorax does not have yet, and is refused by name.
-NOT_COVERED: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "corda_config": None,
-    "eva_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "monteclora_config": None,
-    "target_parameters": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
-}
-# Keys that say nothing about the result.
-DESCRIPTIVE = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
-}
+# How A and B may have started where nothing of it is left once they are trained: PEFT leaves the
+# base alone. lorax loads such adapters and starts none.
+SETTLED = ("orthogonal", "eva", "mica")
+# Of these two PEFT takes the start out of the base, and its file does not hold it.
+LOST = ("corda", "lora_ga")
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(PeftKeywords):
     """How LoRA is put into a model.
 
     r: the rank. lora_alpha: the scale's numerator; the path is scaled by lora_alpha / r, or by
@@ -66,7 +42,8 @@ class LoRAConfig:
     lora_bias: B has a bias of its own, scaled as the path is; not on embeddings, not with DoRA.
     init_lora_weights: how A and B start, see initialize.py: True (A kaiming-uniform, B zero),
         "gaussian" (A ~ N(0, 1/r)), False (both random: the adapter changes the model from the
-        start), "pissa", "pissa_niter_K", "olora" or "loftq".
+        start), "pissa", "pissa_niter_K", "olora" or "loftq". "orthogonal", "eva", "mica", "corda"
+        and "lora_ga" are words of loaded adapters.
     layers_to_transform: only these layers, by number; with target_modules as names only.
     layers_pattern: the word before the number, where the paths have several.
     rank_pattern, alpha_pattern: {path's end or expression: value} for single layers.
@@ -76,6 +53,9 @@ class LoRAConfig:
     ensure_weight_tying: a tied head and embedding that are trained as a whole stay one.
     loftq_config: {"loftq_bits": 4, "loftq_iter": N}, with init_lora_weights = "loftq"; lorax's
         own key "loftq_format" takes "nf4" (PEFT's, the default) or "nf4-dq".
+
+    PEFT's other keywords are in config_keys.py: kept, or refused unless at rest. None, and an empty
+    list or dictionary, are the default, as in PEFT.
 
     Raises:
         AdapterError: a value that is impossible or not covered.
@@ -101,9 +81,10 @@ class LoRAConfig:
     ensure_weight_tying: bool = False
     loftq_config: dict[str, Any] = field(default_factory=dict)
 
-    peft_type: ClassVar[str] = "LORA"
-
     def __post_init__(self) -> None:
+        if self.init_lora_weights is None:  # PEFT draws both then
+            object.__setattr__(self, "init_lora_weights", False)
+        self._settle_keywords()
         for key in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str | list):
@@ -119,13 +100,9 @@ class LoRAConfig:
             raise AdapterError(f"bias is {self.bias!r}; expected none, all or lora_only")
         _check_names("modules_to_save", self.modules_to_save)
         _check_indices(self.trainable_token_indices)
-        how = self.init_lora_weights
-        if not (isinstance(how, bool) or how in ("gaussian", "loftq") or self.starts_inside):
-            raise AdapterError(
-                f"init_lora_weights is {how!r}; lorax covers true, false, "
-                "'gaussian', 'pissa', 'pissa_niter_K', 'olora' and 'loftq'"
-            )
+        self._check_start()
         self._check_loftq()
+        how = self.init_lora_weights
         if self.use_dora and (how == "loftq" or self.starts_inside):
             raise AdapterError(f"use_dora with init_lora_weights = {how!r} is not covered by lorax")
         if self.lora_bias and (self.use_dora or not isinstance(how, bool)):
@@ -144,15 +121,10 @@ class LoRAConfig:
                 something; `where` opens the message.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        for key, value in values.items():
-            if key in NOT_COVERED and value not in (NOT_COVERED[key], None, False):
-                raise AdapterError(f"{where}: {key} = {value!r} is not covered by lorax")
-            if key not in known and key not in NOT_COVERED and key not in DESCRIPTIVE:
-                if not value:
-                    continue  # a newer PEFT's key at rest
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise AdapterError(f"{where}: {key} = {value!r} is unknown{hint}")
+        for key in NOT_COVERED:
+            if values.get(key):
+                raise AdapterError(f"{where}: {key} = {values[key]!r} is not covered by lorax")
+        check_unknown(values, known, where)
         return cls(**{key: value for key, value in values.items() if key in known})
 
     @property
@@ -205,13 +177,28 @@ class LoRAConfig:
         for name, rank in self.rank_pattern.items():
             check_rank(f"rank_pattern[{name!r}]", rank)
 
+    def _check_start(self) -> None:
+        """Spell init_lora_weights as PEFT understands it; refuse words that it does not have."""
+        how = self.init_lora_weights
+        lower = how.lower() if isinstance(how, str) else how
+        if lower in ("gaussian", "olora", "mica"):  # PEFT takes these in any case
+            object.__setattr__(self, "init_lora_weights", lower)
+        elif not (isinstance(how, bool) or how in ("loftq", *SETTLED, *LOST) or self.starts_inside):
+            raise AdapterError(
+                f"init_lora_weights is {how!r}; lorax covers true, false, 'gaussian', 'pissa', "
+                f"'pissa_niter_K', 'olora' and 'loftq', and loads {', '.join((*SETTLED, *LOST))}"
+            )
+
     def _check_loftq(self) -> None:
         """Fill in PEFT's defaults, refuse what is not covered."""
         if self.init_lora_weights != "loftq":
             if self.loftq_config:
-                raise AdapterError("loftq_config goes with init_lora_weights = 'loftq'")
+                log.warning("loftq_config does nothing without init_lora_weights = 'loftq'")
+                object.__setattr__(self, "loftq_config", {})
             return
-        config = {"loftq_bits": 4, "loftq_iter": 1, **self.loftq_config}
+        stated = self.loftq_config
+        stated = stated if isinstance(stated, dict) else vars(stated)  # PEFT's LoftQConfig
+        config = {"loftq_bits": 4, "loftq_iter": 1, **stated}
         unknown = sorted(set(config) - {"loftq_bits", "loftq_iter", "loftq_format"})
         if unknown:
             raise AdapterError(f"loftq_config: {unknown} unknown; expected loftq_bits, loftq_iter")

@@ -24,6 +24,7 @@ from lorax.adapters.inject import adapter_config, replace_module, require_adapte
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
+from lorax.adapters.tables import is_tied
 from lorax.errors import AdapterError
 from lorax.models.gpt2 import GPT2
 from lorax.quant.linear import QuantizedLinear
@@ -37,9 +38,11 @@ def start_is_lost(
     bases: the modules that are adapted, or will be, by their paths. The reasons are measured
     against peft 0.21.2; docs/log.md has the figures.
     """
+    how = config.init_lora_weights
+    if how == "corda":
+        return "corda takes its start out of the base, and PEFT's file does not hold it"
     if not config.starts_inside:
         return None
-    how = config.init_lora_weights
     if config.starts_at_random:
         return f"{how} draws its start at random, and PEFT's file does not hold it"
     quantized = [base for base in bases.values() if isinstance(base, QuantizedLinear)]
@@ -48,7 +51,7 @@ def start_is_lost(
         return f"over a base in {format}, PEFT decomposes or rounds another weight ({how})"
     if how == "olora" and isinstance(model, GPT2):
         return "PEFT decomposes GPT-2's weights transposed (olora)"
-    if "lm_head" in bases and model.config.tie_word_embeddings:  # type: ignore[union-attr]
+    if "lm_head" in bases and is_tied(model):
         return f"PEFT takes the start of a tied head out of the embedding too ({how})"
     return None
 

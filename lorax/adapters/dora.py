@@ -40,6 +40,8 @@ class DoRALinear(LoRALinear):
     Args: as for `LoRALinear`, without lora_bias: PEFT does not define the two together.
     """
 
+    starts_exact = False
+
     def __init__(self, base: nn.Module, r: int, scaling: float, dropout: float = 0.0):
         super().__init__(base, r, scaling, dropout)
         self.lora_magnitude_vector = nn.Parameter(torch.ones(self.out_features, device=self.device))
@@ -93,6 +95,8 @@ class DoRAEmbedding(LoRAEmbedding):
 
     The table is a Linear's weight laid on its side: a magnitude for each of the dim columns.
     """
+
+    starts_exact = False
 
     def __init__(self, base: nn.Embedding, r: int, scaling: float):
         super().__init__(base, r, scaling)

@@ -49,7 +49,8 @@ class LoRAEmbedding(AdapterLayer):
         y = self.base_layer(ids)
         h = F.embedding(ids, self.lora_embedding_A.t()).to(y.dtype)  # (..., r)
         B = self.lora_embedding_B.to(y.dtype)
-        path = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=self.scaling)
+        flat = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])  # a single token is a row
+        path = torch.addmm(*flat, B.t(), alpha=self.scaling)
         return path.view(y.shape)
 
     def tensors(self) -> dict[str, nn.Parameter]:

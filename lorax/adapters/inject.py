@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from lorax.adapters.adalora import AdaLoRAConfig, AdaLoRALinear
-from lorax.adapters.config import DEFAULT_TARGETS, LoRAConfig
+from lorax.adapters.config import DEFAULT_TARGETS, LOST, SETTLED, LoRAConfig
 from lorax.adapters.dora import DoRAEmbedding, DoRALinear
 from lorax.adapters.embedding import LoRAEmbedding
+from lorax.adapters.fit import (
+    LONG,
+    check_fit,
+    is_linear,
+    missing_patterns,
+    missing_targets,
+    shortest_names,
+)
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.prompt import Encodes, PromptTuningConfig, add_prompt
 from lorax.adapters.replaced import find_parameters, replace_parameters, replaced_parameters
 from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
+from lorax.adapters.tables import head_path, is_language_model, is_tied
 from lorax.adapters.tokens import find_rows, put_rows
 from lorax.errors import AdapterError
 from lorax.models import Model
@@ -39,14 +48,32 @@ def add_adapter(
             neither Linear nor Embedding, a pattern matches no target, or something asks to be
             trained twice over. The model is then as it was.
     """
-    if adapter_layers(model):
-        raise AdapterError("the model has an adapter already; unload_adapter(model) first")
+    require_none(model)
     if isinstance(config, PromptTuningConfig):
         add_prompt(model, config, tokenizer)
         return
+    if config.init_lora_weights in (*SETTLED, *LOST):
+        raise AdapterError(
+            f"init_lora_weights = {config.init_lora_weights!r}: lorax loads such an adapter, and "
+            "starts none; take true, 'gaussian', 'pissa', 'olora' or 'loftq'"
+        )
     config = expand_targets(model, config)
-    targets = _targets(model, config)
-    _check_patterns(config, list(targets))
+    check_fit(model, config)
+    for line in missing_patterns(config, find_targets(model, config)):
+        raise AdapterError(line)
+    insert_adapter(model, config)
+
+
+def insert_adapter(model: nn.Module, config: LoRAConfig) -> None:
+    """`add_adapter` for a config that a file states: names which the model lacks are passed over.
+
+    How A and B start is not looked at where nothing of it is left in a trained adapter.
+
+    Raises:
+        AdapterError: as `add_adapter`.
+    """
+    config = expand_targets(model, config)
+    targets = find_targets(model, config)
     rows = find_rows(model, config)
     whole = find_parameters(model, config, {*targets, *rows})
     _check_start(model, targets, config)
@@ -87,18 +114,18 @@ def _check_start(model: nn.Module, targets: dict[str, nn.Module], config: LoRACo
     if not config.starts_inside and how != "loftq":
         return
     for name, module in targets.items():
-        if not _is_linear(module):
+        if not is_linear(module):
             kind = type(module).__name__
             raise AdapterError(f"{name} is a {kind}; init_lora_weights = {how!r} goes with Linears")
-    tied = model.config.tie_word_embeddings  # type: ignore[union-attr]
-    if how == "loftq" and "lm_head" in targets and tied:
+    if how == "loftq" and "lm_head" in targets and is_tied(model):
         raise AdapterError("lm_head is tied to the embedding; LoftQ cannot quantize one of them")
 
 
 def _started_layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
     try:
         layer = _layer(name, base, config)
-        layer.initialize(config.init_lora_weights)
+        how = config.init_lora_weights
+        layer.initialize(True if how in (*SETTLED, *LOST) else how)
     except AdapterError as error:
         raise AdapterError(f"{name}: {error}") from None
     return layer
@@ -115,6 +142,12 @@ def require_adapter(model: nn.Module) -> dict[str, AdapterLayer]:
     if not layers:
         raise AdapterError("the model has no adapter; add_adapter or load_adapter first")
     return layers
+
+
+def require_none(model: nn.Module) -> None:
+    """Refuse a model that has an adapter."""
+    if adapter_layers(model):
+        raise AdapterError("the model has an adapter already; unload_adapter(model) first")
 
 
 def adapter_config(model: nn.Module) -> LoRAConfig:
@@ -189,57 +222,53 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def expand_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """Write out target_modules: None by the model's kind, "all-linear" by its Linears' paths."""
-    if config.target_modules is None:
-        kind = "gpt2" if isinstance(model, GPT2) else "llama"
-        return dataclasses.replace(config, target_modules=DEFAULT_TARGETS[kind])
-    if config.target_modules != "all-linear":
-        return config
-    names = [n for n, m in model.named_modules() if _is_linear(m) and n != "lm_head"]
-    return dataclasses.replace(config, target_modules=names)
+    """Write out target_modules as PEFT does: by the model's kind, by its Linears, in short.
 
+    None takes what is usual for the model, "all-linear" all Linears but a language model's head. A
+    list of 20 paths or more is condensed to the shortest names that match the same modules.
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | QuantizedLinear)
+    Raises:
+        AdapterError: None, for a module that is none of lorax's models.
+    """
+    targets = config.target_modules
+    names = [name for name, _ in model.named_modules()]
+    if targets is None:
+        if not is_language_model(model):
+            raise AdapterError(
+                f"target_modules is not given, and what is usual for a {type(model).__name__} is "
+                "not known; give names or 'all-linear'"
+            )
+        targets = DEFAULT_TARGETS["gpt2" if isinstance(model, GPT2) else "llama"]
+    elif isinstance(targets, str) and targets.lower() == "all-linear":
+        head = head_path(model)
+        targets = [n for n, m in model.named_modules() if is_linear(m) and n != head]
+    if isinstance(targets, list) and len(set(targets)) >= LONG:
+        ends = tuple(f".{name}" for name in targets)
+        others = [n for n in names if n not in set(targets) and not n.endswith(ends)]
+        short = shortest_names(set(targets), others)
+        targets = short if len(short) < len(set(targets)) else targets
+    return config if targets is config.target_modules else replace(config, target_modules=targets)
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The modules that `add_adapter` would adapt, by their paths."""
-    return _targets(model, expand_targets(model, config))
+    """The modules that `add_adapter` would adapt, by their paths.
 
-
-def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    Raises:
+        AdapterError: there is none, or one is neither Linear nor Embedding.
+    """
+    config = expand_targets(model, config)
     modules = {name: module for name, module in model.named_modules() if name}
-    unmatched = config.unmatched(modules)
-    if unmatched:
-        linears = sorted({name.rpartition(".")[2] for name, m in modules.items() if _is_linear(m)})
-        raise AdapterError(
-            f"target_modules: {unmatched} match no module; the Linears are called {linears}"
-        )
     targets = {name: module for name, module in modules.items() if config.selects(name)}
     if not targets:
+        for line in missing_targets(model, config):
+            raise AdapterError(line)
         raise AdapterError(
             "no module is left to adapt: exclude_modules or layers_to_transform take them all out"
         )
     for name, module in targets.items():
-        if not _is_linear(module) and not isinstance(module, nn.Embedding):
+        if not is_linear(module) and not isinstance(module, nn.Embedding):
             kind = type(module).__name__
             raise AdapterError(
                 f"target_modules: {name} is a {kind}; lorax adapts Linears and Embeddings"
             )
     return targets
-
-
-def _check_patterns(config: LoRAConfig, targets: list[str]) -> None:
-    if isinstance(config, AdaLoRAConfig):
-        strangers = set(config.rank_pattern or ()) - {f"{name}.lora_E" for name in targets}
-        if strangers:
-            raise AdapterError(f"rank_pattern: {min(strangers)!r} belongs to no adapted module")
-        return
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in getattr(config, key).items():
-            alone = dataclasses.replace(
-                config, r=1, lora_alpha=1, rank_pattern={pattern: 2}, alpha_pattern={}
-            )
-            if not any(alone.rank(name) == 2 for name in targets):
-                raise AdapterError(f"{key}: {pattern!r} (for {value}) matches no adapted module")

@@ -19,7 +19,10 @@ class AdapterLayer(nn.Module):
     base_layer: the module that stood here. It is never written to.
     enabled: False computes as the base alone.
     merged: where set, base and path in one dense module, which computes instead of them.
+    starts_exact: whether an untrained layer's effective weight is the base's, bit for bit.
     """
+
+    starts_exact = True
 
     def __init__(self, base: nn.Module):
         super().__init__()

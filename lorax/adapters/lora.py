@@ -94,7 +94,8 @@ class LoRALinear(AdapterLayer):
         A, B = self.factors()
         h = F.linear(x, A.to(x.dtype))  # (..., r)
         B = B.to(x.dtype)
-        path = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=self.scaling)
+        flat = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])  # a single vector is a row
+        path = torch.addmm(*flat, B.t(), alpha=self.scaling)
         return self._with_bias(path.view(y.shape))
 
     def _with_bias(self, y: Tensor) -> Tensor:

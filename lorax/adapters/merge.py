@@ -13,6 +13,7 @@ The base is never written to. Merging sets a dense Linear beside it; unmerging t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from lorax.adapters import routes
 from lorax.adapters.inject import replace_module, require_adapter
 from lorax.adapters.layer import AdapterLayer
-from lorax.adapters.replaced import forget, put_back
+from lorax.adapters.replaced import forget, put_back, replaced_parameters
+from lorax.adapters.tables import is_language_model
 from lorax.adapters.tokens import TokenRows, tie_merged
 from lorax.errors import AdapterError
 from lorax.quant.linear import QuantizedLinear
@@ -40,6 +42,7 @@ class MergeReport:
 
     errors: dict[str, float]
     dtype: torch.dtype
+    changes: bool = True  # whether the adapter does anything at all
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -50,6 +53,8 @@ class MergeReport:
         name, error = self.worst
         mean = sum(self.errors.values()) / len(self.errors)
         dtype = str(self.dtype).removeprefix("torch.")
+        if not self.changes:
+            return f"merged {len(self.errors)} layers in {dtype}: the adapter changes nothing"
         return (
             f"merged {len(self.errors)} layers in {dtype}: rounding moved {mean:.1e} of the "
             f"adapter on average, {error:.1e} at most ({name})"
@@ -62,18 +67,23 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     Memory: one dense weight more for each adapted layer, until unmerged or unloaded.
 
     Raises:
-        AdapterError: there is no adapter, or it is merged already.
+        AdapterError: there is no adapter, it is merged already, or it or what it amounts to is not
+            finite. The model is then as it was.
     """
     layers = require_adapter(model)
     if any(layer.merged is not None for layer in layers.values()):
         raise AdapterError("the adapter is merged already")
-    merged, errors = {}, {}
-    for name, layer in layers.items():
-        merged[name], errors[name] = merged_layer(layer)
+    check_finite(model)
+    routed = {name: _densely(layer, name) for name, layer in layers.items()}
+    merged = {name: each.module for name, each in routed.items()}
     tie_merged(layers, merged)
     for name, layer in layers.items():
         layer.merged = merged[name]
-    return MergeReport(errors, next(iter(layers.values())).base_weight().dtype)
+    return MergeReport(
+        {name: each.cost.share for name, each in routed.items()},
+        next(iter(layers.values())).base_weight().dtype,
+        any(each.cost.effect for each in routed.values()),
+    )
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -89,7 +99,7 @@ def unload_adapter(
     model: nn.Module,
     merge: bool = False,
     how: Callable[[str, AdapterLayer], tuple[nn.Module, float]] | None = None,
-) -> MergeReport | None:
+) -> nn.Module:
     """Take the adapter's modules out of the model, in place.
 
     Args:
@@ -103,10 +113,11 @@ def unload_adapter(
             `merged_layer` if not given.
 
     Returns:
-        With `merge`, what it cost.
+        The model.
 
     Raises:
-        AdapterError: there is no adapter; or a merged bias has no place in the model's config.
+        AdapterError: there is no adapter; it, or what it amounts to, is not finite; or a merged
+            bias has no place in the model's config. The model is then as it was.
     """
     layers = require_adapter(model)
     if not merge:
@@ -114,24 +125,42 @@ def unload_adapter(
         for name, layer in layers.items():
             replace_module(model, name, layer.base_layer)
         del model.adapter_config
-        return None
-    gained = gained_biases(layers)
-    errors = {}
+        return model
+    gained = gained_biases(model, layers)
+    check_finite(model)
+    if how is None:
+        for name, layer in layers.items():  # one at a time, before anything is taken out
+            merged_layer(layer, name)
     rows = {name: layer for name, layer in layers.items() if isinstance(layer, TokenRows)}
     for name in list(layers):
         layer = layers.pop(name)  # so that what it held is freed before the next one is made
-        merged, errors[name] = merged_layer(layer) if how is None else how(name, layer)
+        merged, _ = merged_layer(layer, name) if how is None else how(name, layer)
         replace_module(model, name, merged.train(layer.training))
     tie_merged(rows, {name: model.get_submodule(name) for name in rows})
     forget(model)
     del model.adapter_config
-    _say_if_untied(model)
-    _fill_up_biases(model, gained)
-    model.loaded_from = None  # type: ignore[assignment]
-    first = model.get_submodule(next(iter(errors)))
-    weight = first if isinstance(first, QuantizedLinear) else first.weight
-    assert isinstance(weight.dtype, torch.dtype)
-    return MergeReport(errors, weight.dtype)
+    if is_language_model(model):
+        _say_if_untied(model)
+        _fill_up_biases(model, gained)
+        model.loaded_from = None  # type: ignore[assignment]
+    return model
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse an adapter with a tensor that is not finite, before it spreads into the weights.
+
+    Raises:
+        AdapterError: the first such tensor.
+    """
+    tensors = {
+        f"{name}.{below}": tensor
+        for name, layer in require_adapter(model).items()
+        for below, tensor in layer.tensors().items()
+    }
+    tensors |= {r.places[0]: r.trained for r in replaced_parameters(model)}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{name} is not finite; an adapter like that is not merged")
 
 
 def _say_if_untied(model: nn.Module) -> None:
@@ -143,11 +172,25 @@ def _say_if_untied(model: nn.Module) -> None:
         model.config = dataclasses.replace(config, tie_word_embeddings=False)
 
 
-def merged_layer(layer: AdapterLayer) -> tuple[nn.Module, float]:
-    """The layer as one dense, frozen module, and the share of the adapter lost to rounding."""
-    dense = routes.Route(layer.base_weight().dtype)
-    routed = routes.route_layer("", layer, dense)
+def merged_layer(layer: AdapterLayer, name: str = "") -> tuple[nn.Module, float]:
+    """The layer as one dense, frozen module, and the share of the adapter lost to rounding.
+
+    Raises:
+        AdapterError: a merged weight is not finite, as in a dtype of too small a range.
+    """
+    routed = _densely(layer, name)
     return routed.module, routed.cost.share
+
+
+def _densely(layer: AdapterLayer, name: str) -> routes.RoutedLayer:
+    dtype = layer.base_weight().dtype
+    routed = routes.route_layer(name, layer, routes.Route(dtype))
+    if not math.isfinite(routed.cost.lost):
+        raise AdapterError(
+            f"{name or 'a layer'}: the merged weight is not finite in "
+            f"{str(dtype).removeprefix('torch.')}; take a dtype of a larger range"
+        )
+    return routed
 
 
 def take_route(
@@ -164,9 +207,10 @@ def take_route(
         What each adapted layer lost, and the residuals (A, B), both by path.
 
     Raises:
-        AdapterError: there is no adapter. QuantizationError: a merged weight is not finite, and the
-            model is then merged in part.
+        AdapterError: there is no adapter, or it is not finite. QuantizationError: a merged weight
+            is not finite, and the model is then merged in part.
     """
+    check_finite(model)
     costs: dict[str, routes.LayerCost] = {}
     residuals: dict[str, tuple[Tensor, Tensor]] = {}
     adapted = set(require_adapter(model))
@@ -196,7 +240,7 @@ def take_route(
 _BIAS_WORDS = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 
 
-def gained_biases(layers: dict[str, AdapterLayer]) -> list[str]:
+def gained_biases(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str]:
     """The layers that merging gives a bias.
 
     Raises:
@@ -207,7 +251,7 @@ def gained_biases(layers: dict[str, AdapterLayer]) -> list[str]:
         for name, layer in layers.items()
         if layer.effective_bias() is not None and layer.base_layer.bias is None
     ]
-    for name in gained:
+    for name in gained if is_language_model(model) else []:
         if name.split(".")[-2:-1] not in ([word] for word in _BIAS_WORDS):
             raise AdapterError(
                 f"{name} has no bias, and the model's config no word for one: lora_bias cannot be "

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorax.adapters.config import DESCRIPTIVE
+from lorax.adapters.config_keys import check_unknown
 from lorax.errors import AdapterError
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
@@ -82,13 +81,10 @@ class PromptTuningConfig:
         }
         known = [field.name for field in dataclasses.fields(cls)]
         text = ("prompt_tuning_init_text", "tokenizer_name_or_path")
+        check_unknown(values, known, where)
         for key, value in values.items():
             if key not in known:
-                if key in DESCRIPTIVE or value in (None, False) or value == {}:
-                    continue
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise AdapterError(f"{where}: {key} = {value!r} is not covered by lorax{hint}")
+                continue
             kind: Any = types.get(key, str | None if key in text else int | None)
             if not isinstance(value, kind):
                 raise AdapterError(f"{where}: {key} = {value!r} has the wrong type")

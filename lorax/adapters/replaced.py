@@ -19,9 +19,10 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorax.adapters.config import LoRAConfig
+from lorax.adapters.tables import HEAD, embedding_path, is_tied
 from lorax.errors import AdapterError
 from lorax.quant.linear import QuantizedLinear
 
@@ -36,11 +37,13 @@ class Replacement:
     """A parameter of the base and the copy that is trained in its stead.
 
     places: the parameter's paths in the adapted model; several where one copy stays tied.
+    trains: whether the copy is trained with the adapter; a table that came with a file is not.
     """
 
     places: list[str]
     original: nn.Parameter
     trained: nn.Parameter
+    trains: bool = True
 
     def is_in_place(self, model: nn.Module) -> bool:
         """Whether the model computes with the copy now."""
@@ -74,6 +77,15 @@ def replace_parameters(model: nn.Module, groups: list[list[str]]) -> None:
         model._replaced_parameters = replacements  # type: ignore[assignment]
 
 
+def put_table(model: nn.Module, places: list[str], table: Tensor) -> None:
+    """Let this table, which is not trained, stand in the place of the base's own."""
+    original = model.get_parameter(places[0])
+    copy = nn.Parameter(table.to(original, copy=True), requires_grad=False)
+    replacement = Replacement(places, original, copy, trains=False)
+    replacement.put(model, trained=True)
+    model._replaced_parameters = [*replaced_parameters(model), replacement]  # type: ignore
+
+
 def put_back(model: nn.Module) -> None:
     """Let the originals stand where they stood."""
     for replacement in replaced_parameters(model):
@@ -102,8 +114,7 @@ def find_parameters(
         The paths of each copy's places, as they are once the layers are in.
 
     Raises:
-        AdapterError: a name matches nothing, a module is quantized, adapted too, or has nothing
-            to train.
+        AdapterError: a module is quantized, adapted too, or has nothing to train.
     """
     saved = _saved_modules(model, config, adapted)
     groups = []
@@ -126,9 +137,6 @@ def _saved_modules(
     """The modules of modules_to_save by PEFT's rule: the path ends in the name, dot or not."""
     modules = {name: module for name, module in model.named_modules() if name}
     names = config.modules_to_save or []
-    for wanted in names:
-        if not any(name.endswith(wanted) for name in modules):
-            raise AdapterError(f"modules_to_save: {wanted!r} matches no module")
     saved = {n: m for n, m in modules.items() if any(n.endswith(wanted) for wanted in names)}
     for name, module in saved.items():
         quantized = [n for n, m in module.named_modules() if isinstance(m, QuantizedLinear)]
@@ -153,12 +161,12 @@ def _tied(
     model: nn.Module, config: LoRAConfig, adapted: Collection[str], groups: list[list[str]]
 ) -> list[list[str]]:
     """With ensure_weight_tying: one copy in the embedding's and in the head's place."""
-    embedding: str = model.embedding_name  # type: ignore[assignment]
-    pair = [embedding, "lm_head.weight"]
-    if not model.config.tie_word_embeddings:  # type: ignore[union-attr]
+    embedding = embedding_path(model)
+    if embedding is None or not is_tied(model):
         log.warning("ensure_weight_tying: the model's head is not tied; it changes nothing here")
         return groups
-    if {embedding.removesuffix(".weight"), "lm_head"} & set(adapted):
+    pair = [f"{embedding}.weight", f"{HEAD}.weight"]
+    if {embedding, HEAD} & set(adapted):
         raise AdapterError(
             "ensure_weight_tying: one LoRA for embedding and head together is not covered"
         )

@@ -147,7 +147,7 @@ def route_layer(
     # One rounding to float32 is measured against float64; what loses more, against float32.
     wide = torch.float32 if quantizes or route.dtype != torch.float32 else torch.float64
     exact = adapted.effective_weight(wide)
-    effect = _norm(exact - adapted.base_weight().to(wide))
+    effect = _effect(adapted, exact)
     bias = adapted.effective_bias()
     aim = exact
     if route.original and isinstance(adapted.base_layer, QuantizedLinear):
@@ -166,6 +166,18 @@ def route_layer(
     linear = QuantizedLinear(weight, None if bias is None else bias.detach().to(route.dtype))
     missing = exact - weight.dequantize(torch.float32)
     return _with_residual(linear.eval(), missing, effect, route.residual_rank)
+
+
+def _effect(layer: AdapterLayer, exact: Tensor) -> float:
+    """||exact - W||; 0 where that is only the rounding of a layer that starts at W up to rounding.
+
+    DoRA's magnitudes are float32 norms, each right to about a last place.
+    """
+    base = layer.base_weight().to(exact)
+    effect = _norm(exact - base)
+    a_place = torch.finfo(torch.float32).eps
+    nothing = not layer.starts_exact and effect <= a_place * _norm(base)
+    return 0.0 if nothing else effect
 
 
 def _with_residual(module: nn.Module, missing: Tensor, effect: float, rank: int) -> RoutedLayer:

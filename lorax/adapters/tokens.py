@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.layer import AdapterLayer
+from lorax.adapters.tables import embedding_path, is_tied
 from lorax.errors import AdapterError
 
 
@@ -96,8 +97,8 @@ def find_rows(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[list[int]
     wanted = config.trainable_token_indices
     if wanted is None:
         return {}
-    embedding: str = model.embedding_name.removesuffix(".weight")  # type: ignore[union-attr,operator]
-    tied: bool = model.config.tie_word_embeddings  # type: ignore[union-attr,assignment]
+    embedding = embedding_path(model) or "embed_tokens"  # what PEFT looks for where none is named
+    tied = is_tied(model)
     found: dict[str, tuple[list[int], bool]] = {}
     modules = {name: module for name, module in model.named_modules() if name}
     for key, indices in (wanted if isinstance(wanted, dict) else {embedding: wanted}).items():
@@ -127,7 +128,7 @@ def put_rows(model: nn.Module, found: dict[str, tuple[list[int], bool]]) -> None
     for name, (indices, follows) in sorted(found.items(), key=lambda item: item[1][1]):
         module = model.get_submodule(name)
         layer = TokenRows(module, indices, embedding if follows else None)
-        if f"{name}.weight" == model.embedding_name:
+        if name == embedding_path(model):
             embedding = layer
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.train(module.training))

@@ -147,12 +147,10 @@ class Tokenizer:
             "messages": as_templates_see(messages),
             "add_generation_prompt": add_generation_prompt,
         }
-        return self._template.render(**given)
-
-    @cached_property
-    def _template(self) -> ChatTemplate:
-        assert self.chat_template is not None
-        return ChatTemplate(self.chat_template)
+        source = self.chat_template
+        if variables.get("tools"):  # a template of its own for tools, as transformers picks it
+            source = self.named_templates.get("tool_use", source)
+        return ChatTemplate(source).render(**given)
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)

@@ -49,7 +49,6 @@ def load_adapter_tokenizer(adapter: Path | None, base: str | os.PathLike[str]) -
 def _with(tokenizer: Tokenizer, template: str | None, ends: list[int] | None = None) -> Tokenizer:
     """The same tokenizer with this template, and more end tokens."""
     changed = copy.copy(tokenizer)
-    changed.__dict__.pop("_template", None)  # the other template, if it was compiled
     changed.chat_template = template
     changed.end_token_ids = tuple(dict.fromkeys([*tokenizer.end_token_ids, *(ends or [])]))
     return changed

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from lorax import __version__
+from lorax.adapters.tables import is_language_model
 from lorax.errors import AdapterError, EnvironmentProblem, FormatError, LoraxError
 from lorax.formats.bitsandbytes import QuantizedFiles
 from lorax.formats.gguf_files import GGUFFile
@@ -68,7 +69,8 @@ def describe(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> st
     try:
         base["sha256"] = model_digest(model)
     except LoraxError as error:
-        log.warning("the adapter carries no fingerprint of its base: %s", error)
+        if is_language_model(model):  # another module is never loaded from files
+            log.warning("the adapter carries no fingerprint of its base: %s", error)
     settings = _settings(config)
     lines = _lines_by_name(tensors)
     adapter = {"sha256": _adapter_digest(lines, settings), "settings": settings}
@@ -281,7 +283,9 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """What the base computes with beside its weights."""
+    """What the base computes with beside its weights; a module without a config has its kind."""
+    if not is_language_model(model):
+        return {"kind": type(model).__name__}
     config: Any = model.config
     values: dict[str, Any] = dataclasses.asdict(config)
     values.pop("max_position_embeddings", None)  # where the context ends changes no number

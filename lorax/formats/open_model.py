@@ -22,6 +22,7 @@ def open_model(
     quantization: str | None = None,
     check_base: bool = True,
     say: Callable[[str], None] = lambda line: None,
+    resize_vocabulary: bool = False,
 ) -> tuple[Model, Tokenizer]:
     """Load a model, or an adapter with its base, whichever lies at `path`; and its tokenizer.
 
@@ -33,7 +34,7 @@ def open_model(
         dtype, quantization: of the base; "auto" and None take what the adapter's run has on
             record (`lorax.formats.run_record`), else what `load_model` makes of them.
             quantization "none": plain weights, whatever is on record.
-        check_base: as in `load_adapter`.
+        check_base, resize_vocabulary: as in `load_adapter`.
         say: is told in one line what was taken from the record.
 
     Raises:
@@ -43,5 +44,7 @@ def open_model(
     dtype, quantization = as_trained(place, dtype, quantization, say)
     model = load_model(place.model, dtype, device, quantization)
     if place.adapter is not None:
-        load_adapter(model, place.adapter, check_base=check_base)
+        load_adapter(
+            model, place.adapter, check_base=check_base, resize_vocabulary=resize_vocabulary
+        )
     return model, load_adapter_tokenizer(place.adapter, place.model)

@@ -16,27 +16,37 @@ What lorax saves carries a fingerprint of the base and of the adapter itself (fi
 import dataclasses
 import logging
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.convert import plain_form, plain_tensors, start_is_lost
+from lorax.adapters.fit import missing_patterns, missing_targets
 from lorax.adapters.inject import (
     adapter_layers,
-    add_adapter,
     find_targets,
+    insert_adapter,
     require_adapter,
+    require_none,
     stated_config,
 )
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import unload_adapter
 from lorax.adapters.prompt import PromptTuning, PromptTuningConfig, insert_prompt
-from lorax.adapters.replaced import replaced_parameters
-from lorax.adapters.started import ResidualLoRALinear
+from lorax.adapters.replaced import put_table, replaced_parameters
+from lorax.adapters.tables import is_language_model
 from lorax.adapters.tokens import TokenRows
-from lorax.errors import AdapterError, FormatError
+from lorax.errors import AdapterError, FormatError, LoraxError
 from lorax.formats import fingerprint
+from lorax.formats.base_copies import (
+    base_copies,
+    check_tensor,
+    file_name,
+    take_base_copies,
+    without_wrappers,
+)
 from lorax.formats.huggingface import as_stored
 from lorax.formats.peft_directory import (
     CONFIG,
@@ -46,7 +56,8 @@ from lorax.formats.peft_directory import (
     read_adapter_config,
     write_peft_directory,
 )
-from lorax.formats.safetensors_files import FLOATS, read_file, read_metadata
+from lorax.formats.safetensors_files import read_file, read_metadata
+from lorax.formats.vocabulary import match_vocabulary
 from lorax.models.gpt2 import GPT2
 
 log = logging.getLogger("lorax")
@@ -59,6 +70,7 @@ def load_adapter(
     *,
     check_base: bool = True,
     check_adapter: bool = True,
+    resize_vocabulary: bool = False,
 ) -> LoRAConfig | PromptTuningConfig:
     """Load a PEFT adapter directory into the model, in place.
 
@@ -69,49 +81,108 @@ def load_adapter(
         check_base: refuse an adapter whose fingerprint is that of another base. Reads the base's
             files once more, the first time. False, where you know that the bases are the same.
         check_adapter: refuse an adapter that was changed since lorax saved it.
+        resize_vocabulary: give embedding and head as many rows as the file's have; they stay so.
+
+    Names in the config that the model lacks are passed over, as in PEFT, with a line in the log.
 
     Raises:
         AdapterError: a tensor is missing, unexpected, of another shape or not finite, the config
-            does not fit the model, or the fingerprint does not hold. The model is then as it was.
+            does not fit the model, the vocabulary has another size, or the fingerprint does not
+            hold. The model is then as it was.
         FormatError: the directory is incomplete or damaged.
     """
     directory = find_adapter(path)
     config, _ = read_adapter_config(directory)
     if not (directory / TENSORS).is_file():
-        pickled = (directory / "adapter_model.bin").is_file()
-        hint = "; adapter_model.bin is a pickle: save it again as safetensors" if pickled else ""
-        raise FormatError(f"{directory}: no {TENSORS}{hint}")
+        raise FormatError(_no_tensors(directory))
+    where = str(directory / TENSORS)
     tensors = read_file(directory / TENSORS)
-    stated = read_metadata(directory / TENSORS).get(fingerprint.KEY)
-    if stated is not None:
-        where = str(directory / TENSORS)
-        found = fingerprint.parse(stated, where)
-        if check_adapter:
-            fingerprint.check_adapter(found, config, tensors, where)
-        if check_base:
-            fingerprint.check_base(found, model, where)
-    if isinstance(config, LoRAConfig):
-        _check_start(model, config, str(directory / CONFIG))
-    before = [parameter.requires_grad for parameter in model.parameters()]
-    parameters = list(model.parameters())
-    if isinstance(config, PromptTuningConfig):
-        insert_prompt(model, config)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            add_adapter(model, config)
+    undo = None
+    if not adapter_layers(model):
+        undo = match_vocabulary(model, tensors, resize_vocabulary, where)
     try:
-        _load_tensors(model, tensors, str(directory / TENSORS))
-    except AdapterError:
-        unload_adapter(model)
-        for parameter, wanted in zip(parameters, before, strict=True):
-            parameter.requires_grad_(wanted)
+        _check_fingerprint(model, config, tensors, directory / TENSORS, check_base, check_adapter)
+        _insert(model, config, tensors, directory, resized=undo is not None)
+    except LoraxError:
+        if undo is not None:
+            undo()
         raise
     for layer in adapter_layers(model).values():
         for tensor in layer.tensors().values():
             tensor.requires_grad_(trainable)
     for replacement in replaced_parameters(model):
-        replacement.trained.requires_grad_(trainable)
+        replacement.trained.requires_grad_(trainable and replacement.trains)
     return config
+
+
+def _no_tensors(directory: Path) -> str:
+    """What to say where the tensors' file is missing."""
+    if not (directory / "adapter_model.bin").is_file():
+        return f"{directory}: no {TENSORS}"
+    return (
+        f"{directory}: no {TENSORS}; adapter_model.bin is a pickle, which can run code when it is "
+        "read. If you trust it, let PEFT convert it: peft.PeftModel.from_pretrained("
+        f"transformers.AutoModelForCausalLM.from_pretrained(BASE), {str(directory)!r})"
+        f".save_pretrained({str(directory)!r})"
+    )
+
+
+def _check_fingerprint(
+    model: nn.Module,
+    config: LoRAConfig | PromptTuningConfig,
+    tensors: dict[str, Tensor],
+    file: Path,
+    check_base: bool,
+    check_adapter: bool,
+) -> None:
+    stated = read_metadata(file).get(fingerprint.KEY)
+    if stated is None:
+        return
+    found = fingerprint.parse(stated, str(file))
+    if check_adapter:
+        fingerprint.check_adapter(found, config, tensors, str(file))
+    if check_base:
+        fingerprint.check_base(found, model, str(file))
+
+
+def _insert(
+    model: nn.Module,
+    config: LoRAConfig | PromptTuningConfig,
+    tensors: dict[str, Tensor],
+    directory: Path,
+    resized: bool,
+) -> None:
+    """Put the adapter in, with its tensors; where they do not fit, leave the model as it was."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    if isinstance(config, PromptTuningConfig):
+        insert_prompt(model, config)
+    else:
+        require_none(model)
+        _check_start(model, config, str(directory / CONFIG))
+        _say_what_is_missing(model, config, str(directory / CONFIG))
+        with torch.random.fork_rng(devices=[]):
+            insert_adapter(model, config)
+    try:
+        _load_tensors(model, tensors, str(directory / TENSORS), resized)
+    except AdapterError:
+        unload_adapter(model)
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+        raise
+
+
+def _say_what_is_missing(model: nn.Module, config: LoRAConfig, where: str) -> None:
+    """One line for the names that PEFT passes over, and one where its file says too little."""
+    lines = missing_targets(model, config)
+    lines += missing_patterns(config, list(find_targets(model, config)))
+    if lines:
+        log.warning("%s: passed over, as in PEFT: %s", where, "; ".join(lines))
+    if config.init_lora_weights == "lora_ga":
+        log.warning(
+            "%s: lora_ga took its start out of the base in training, and PEFT's file does not hold "
+            "it; loaded as PEFT loads it, which is what was trained only over that changed base",
+            where,
+        )
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], plain: bool | None = None) -> None:
@@ -135,8 +206,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], plain: bool | N
     else:
         config, tensors = _in_form(model, config, plain)
         config = dataclasses.replace(config, fan_in_fan_out=_fan_in_fan_out(model, config))
-        tensors |= _base_copies(model, config)
-    base = getattr(model, "name_or_path", "") or None
+        if not is_language_model(model) and config.task_type is None:
+            config = dataclasses.replace(config, auto_mapping=_auto_mapping(model))
+        tensors |= base_copies(model, config)
+    base = getattr(model, "name_or_path", "") or getattr(config, "base_model_name_or_path", None)
     mark = fingerprint.describe(model, config, tensors)
     write_peft_directory(path, config, tensors, base, mark)
 
@@ -152,8 +225,15 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             whole = replacement.trained.detach()
             if isinstance(model, GPT2):
                 whole = as_stored(place, whole)
-            tensors[PREFIX + place] = whole.clone() if place in replacement.places[1:] else whole
+            name = PREFIX + file_name(model, place)
+            tensors[name] = whole.clone() if place in replacement.places[1:] else whole
     return tensors
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str]:
+    """What PEFT writes down where it has no task_type: the class of the base, for AutoPeftModel."""
+    kind = type(model)
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
 def _stored_name(name: str, layer: AdapterLayer, below: str) -> str:
@@ -186,8 +266,6 @@ def _in_form(
 
 def _check_start(model: nn.Module, config: LoRAConfig, where: str) -> None:
     """Refuse a file that does not determine its residual, before anything is decomposed."""
-    if not config.starts_inside or adapter_layers(model):
-        return
     lost = start_is_lost(model, config, find_targets(model, config))
     if lost is not None:
         raise AdapterError(
@@ -197,9 +275,10 @@ def _check_start(model: nn.Module, config: LoRAConfig, where: str) -> None:
         )
 
 
-def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str) -> None:
+def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str, resized: bool) -> None:
     expected = adapter_tensors(model)
-    found = _without_base_copies(model, found, where)
+    tables, found = take_base_copies(model, found, where, keep=resized)
+    found = without_wrappers(model, found, where)
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))
     if missing or unexpected:
@@ -207,95 +286,14 @@ def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str) -> Non
         parts += [f"{len(unexpected)} unexpected (first {unexpected[0]})"] if unexpected else []
         raise AdapterError(f"{where}: tensors do not fit the config and model: {', '.join(parts)}")
     for name, tensor in found.items():
-        if tensor.shape != expected[name].shape or tensor.dtype not in FLOATS:
-            raise AdapterError(
-                f"{where}: {name} is {tuple(tensor.shape)} {tensor.dtype}; "
-                f"expected {tuple(expected[name].shape)}, floating"
-            )
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{where}: {name} is not finite")
+        check_tensor(name, tensor, expected[name], where)
     for name, tensor in found.items():
         expected[name].copy_(tensor)
-
-
-def _base_copies(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
-    """The whole tables that PEFT puts beside an adapted embedding and an adapted head.
-
-    It does so where one of the two names below is a target by itself: not for a path that ends in
-    it, not for GPT-2's wte alone, and not together with trainable_token_indices.
-    """
-    layers = adapter_layers(model)
-    targets, known = config.target_modules or [], ("embed_tokens", "lm_head")
-    if isinstance(targets, str):
-        targets = [name.rpartition(".")[2] for name in layers]
-    if config.trainable_token_indices or not any(name in targets for name in known):
-        return {}
-    plain = config.init_lora_weights in (True, False, "gaussian")
-    tables = (str(model.embedding_name).removesuffix(".weight"), "lm_head")
-    return {
-        f"{PREFIX}{name}.base_layer.weight": (
-            layers[name].base_weight() if plain else layers[name].stored_base()
-        ).clone()
-        for name in tables
-        if name in layers and isinstance(layers[name].base_layer, nn.Linear | nn.Embedding)
-    }
-
-
-def _without_base_copies(
-    model: nn.Module, found: dict[str, Tensor], where: str
-) -> dict[str, Tensor]:
-    """Take out the copies of the base's own weights that PEFT puts beside an adapted head or table.
-
-    A copy that differs from this model's weight belongs to another base, and is refused.
-    """
-    rest = dict(found)
-    for name, layer in adapter_layers(model).items():
-        copy = rest.pop(f"{PREFIX}{name}.base_layer.weight", None)
-        if copy is None:
-            continue
-        weight = layer.stored_base()
-        if copy.shape != weight.shape or not _is_same_base(layer, copy.to(weight), weight):
-            raise AdapterError(
-                f"{where}: {name}.base_layer.weight differs from the model's; "
-                "the adapter was trained on another base"
-            )
-    return _without_wrappers(model, rest, where)
-
-
-def _without_wrappers(model: nn.Module, found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Take out what PEFT writes twice or thrice under bias = "all" and modules_to_save.
-
-    Beside `ln_f.bias` there is the same once more as `ln_f.modules_to_save.bias`, and the base's
-    own as `ln_f.original_module.bias`.
-    """
-    rest = dict(found)
-    for replacement in replaced_parameters(model):
-        copies = [rest[PREFIX + p] for p in replacement.places if PREFIX + p in rest]
-        if not all(torch.equal(copy, copies[0]) for copy in copies):
-            raise AdapterError(f"{where}: {replacement.places} are tied, but differ there")
-        for place in replacement.places:
-            module, _, name = (PREFIX + place).rpartition(".")
-            again = rest.pop(f"{module}.modules_to_save.{name}", None)
-            if again is not None and not torch.equal(again, rest.get(PREFIX + place, again[:0])):
-                raise AdapterError(f"{where}: {place} stands there twice, with other values")
-            base = rest.pop(f"{module}.original_module.{name}", None)
-            original = replacement.original
-            if base is not None and not torch.equal(base.to(original), original):
-                raise AdapterError(
-                    f"{where}: {place} of the base differs from the model's; "
-                    "the adapter was trained on another base"
-                )
-    return rest
-
-
-def _is_same_base(layer: AdapterLayer, copy: Tensor, weight: Tensor) -> bool:
-    """Equal bits; where a decomposition lies between, equal up to rounding."""
-    if torch.equal(copy, weight):
-        return True
-    if not isinstance(layer, ResidualLoRALinear):
-        return False
-    size = layer.base_weight().abs().max()
-    return bool((copy - weight).abs().max() <= 8 * torch.finfo(weight.dtype).eps * size)
+    if tables and not resized:
+        names = ", ".join(places[0] for places, _ in tables)
+        log.warning("%s: %s differ from the base's and are used instead, as in PEFT", where, names)
+    for places, table in tables:
+        put_table(model, places, table)
 
 
 def _fan_in_fan_out(model: nn.Module, config: LoRAConfig) -> bool:

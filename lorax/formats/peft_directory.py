@@ -14,37 +14,39 @@ import torch
 from torch import Tensor
 
 from lorax.adapters.adalora import AdaLoRAConfig
-from lorax.adapters.config import NOT_COVERED, LoRAConfig
+from lorax.adapters.config import LoRAConfig
+from lorax.adapters.config_keys import default_of
 from lorax.adapters.prompt import PromptTuningConfig
 from lorax.errors import AdapterError, FormatError, require
 from lorax.formats import fingerprint
+from lorax.formats.adapter_card import CARD, card, may_write
 from lorax.formats.directory import written_directory
 from lorax.formats.json_files import read_json
 from lorax.formats.safetensors_files import write_file
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-PEFT_VERSION = "0.21.2"  # whose format this is
 PREFIX = "base_model.model."
 CONFIGS: dict[str, type[LoRAConfig] | type[PromptTuningConfig]] = {
     kind.peft_type: kind for kind in (LoRAConfig, AdaLoRAConfig, PromptTuningConfig)
 }
 
-_CARD = """---
-base_model: {base}
-library_name: peft
-pipeline_tag: text-generation
-tags:
-- base_model:adapter:{base}
-{tags}- lorax
----
-
-# {kind} adapter
-
-Trained with lorax: {sizes}. PEFT and lorax load it:
-
-    PeftModel.from_pretrained(model, "PATH")        lorax.load_adapter(model, "PATH")
-"""
+# The keys that every file has; all others only where they are not at rest. PEFT 0.10, vLLM and
+# others stop at a key that they do not know, so a plain LoRA must have none that is younger.
+_ALWAYS = {
+    "base_model_name_or_path",
+    "bias",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "target_modules",
+    "task_type",
+}
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path:
@@ -121,44 +123,31 @@ def write_peft_directory(
             raise AdapterError(f"{name} is not finite; an adapter like that is not saved")
     with written_directory(Path(path), replace=True) as directory:
         write_file(tensors, directory / TENSORS, {fingerprint.KEY: mark} if mark else None)
-        text = json.dumps(_peft_config(config, base), indent=2, sort_keys=False) + "\n"
-        (directory / CONFIG).write_text(text)
-        (directory / "README.md").write_text(_card(config, base or "unknown"))
-
-
-def _card(config: LoRAConfig | PromptTuningConfig, base: str) -> str:
-    """The model card: README.md."""
-    if isinstance(config, PromptTuningConfig):
-        kind, tags, sizes = "Prompt tuning", "", f"{config.num_virtual_tokens} virtual tokens"
-    elif isinstance(config, AdaLoRAConfig):
-        kind, tags = "AdaLoRA", ""
-        sizes = f"init_r = {config.init_r}, target_r = {config.target_r}"
-    else:
-        kind, tags = "LoRA", "- lora\n"
-        sizes = f"r = {config.r}, lora_alpha = {config.lora_alpha}"
-    return _CARD.format(base=base, kind=kind, tags=tags, sizes=sizes)
+        values = _peft_config(config, base)
+        text = json.dumps(values, indent=2) + "\n"
+        (directory / CONFIG).write_text(text, encoding="utf-8")
+        if may_write(Path(path)):
+            (directory / CARD).write_text(card(config, base, values["task_type"]), encoding="utf-8")
 
 
 def _peft_config(config: LoRAConfig | PromptTuningConfig, base: str | None) -> dict[str, Any]:
-    """adapter_config.json's content, with the keys that PEFT writes, in its order."""
-    values: dict[str, Any] = {
-        **dataclasses.asdict(config),
-        "auto_mapping": None,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "peft_type": config.peft_type,
-        "peft_version": PEFT_VERSION,
-        "revision": None,
-        "task_type": "CAUSAL_LM",
-    }
-    if isinstance(config, PromptTuningConfig):
-        values["modules_to_save"] = None
+    """adapter_config.json's content, in PEFT's order."""
+    values: dict[str, Any] = dataclasses.asdict(config)
+    at_rest = {each.name: default_of(each) for each in dataclasses.fields(config)}
+    always = _ALWAYS
+    if not isinstance(config, LoRAConfig):
+        always = set(values)
         if config.prompt_tuning_init == "TEXT":  # PEFT does not read the file without a name
             values["tokenizer_name_or_path"] = config.tokenizer_name_or_path or base or "unknown"
-    else:
-        values |= NOT_COVERED
-        values["megatron_core"] = "megatron.core"
-        values["qalora_group_size"] = 16
+    elif isinstance(config, AdaLoRAConfig):
+        always = _ALWAYS | (set(values) - {f.name for f in dataclasses.fields(LoRAConfig)})
+    values = {key: v for key, v in values.items() if key in always or v != at_rest[key]}
+    for key in ("peft_version", "runtime_config"):
+        values.pop(key, None)
+    stated = (values.get(key) for key in ("task_type", "auto_mapping"))
+    task = values.get("task_type") if any(stated) else "CAUSAL_LM"
+    values |= {"base_model_name_or_path": base, "inference_mode": True}
+    values |= {"peft_type": config.peft_type, "task_type": task}
     return dict(sorted(values.items()))
 
 
@@ -166,6 +155,7 @@ def _check_types(values: dict[str, Any], file: Path) -> None:
     """A value of an impossible type is the file's fault and says so."""
     names = list | str | None
     kinds: dict[str, Any] = {
+        "task_type": str,
         "target_modules": names,
         "exclude_modules": names,
         "rank_pattern": dict | None,
@@ -194,14 +184,10 @@ def _check_types(values: dict[str, Any], file: Path) -> None:
         "total_step": int | None,
     }
     for key, kind in kinds.items():
-        if key in values and not isinstance(values[key], kind):
+        if values.get(key) is not None and not isinstance(values[key], kind):
             raise FormatError(f"{file}: {key} = {values[key]!r} has the wrong type")
         if isinstance(values.get(key), list):
             numbers = ("layers_to_transform", "trainable_token_indices")
             inner = int if key in numbers else str
             if not all(isinstance(item, inner) for item in values[key]):
                 raise FormatError(f"{file}: {key} = {values[key]!r} has an entry of the wrong type")
-    for key in ("rank_pattern", "alpha_pattern", "loftq_config"):
-        values[key] = values.get(key) or {}
-    if values["peft_type"] == AdaLoRAConfig.peft_type:
-        values["rank_pattern"] = values["rank_pattern"] or None

@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.config import LoRAConfig
+from lorax.adapters.config_keys import KEPT
 from lorax.adapters.prompt_config import PromptTuningConfig
 from lorax.data.kinds import Column
 from lorax.errors import AdapterError, RecipeError, require
@@ -124,7 +125,7 @@ _CONFIGS: dict[str, type[LoRAConfig] | type[PromptTuningConfig]] = {
 
 def _fields(config: Any) -> dict[str, Any]:
     """A config's fields as pydantic takes them: name -> (type, default)."""
-    types, left_out = get_type_hints(config), _NOT_IN_RECIPES.get(config, ())
+    types, left_out = get_type_hints(config), {*_NOT_IN_RECIPES.get(config, ()), *KEPT}
     fields = {}
     for field in dataclasses.fields(config):
         default = field.default

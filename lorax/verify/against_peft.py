@@ -70,6 +70,7 @@ def verify(
     dtype: str = "auto",
     text: str | os.PathLike[str] | None = None,
     tokens: int = 128,
+    resize_vocabulary: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Hold lorax against the installed PEFT over one adapter, in float32 on the CPU.
@@ -89,6 +90,7 @@ def verify(
         text: a text file; by default docstrings of Python's standard library, or random tokens
             where neither the adapter nor its base has a tokenizer.
         tokens: how many tokens of the text go through both models.
+        resize_vocabulary: as in `load_adapter`; transformers resizes PEFT's base.
         say: is told what is being done.
 
     Raises:
@@ -111,6 +113,7 @@ def verify(
         notes: list[str] = []
         dtype, quantization = as_trained(place, dtype, quantization, notes.append)
         job = _Job(place, base is not None, dtype, quantization, Path(folder), say, notes)
+        job.resize_vocabulary = resize_vocabulary
         theirs = None if reference is None else _adapter_directory(reference)
         return job.report(theirs, text, tokens)
 
@@ -137,6 +140,7 @@ class _Job:
         self.adapter, self.base, self.base_is_given = place.adapter, place.model, base_is_given
         self.dtype = as_dtype(dtype) or open_model_files(self.base).dtype
         self.quantization, self.folder, self.say, self.notes = quantization, folder, say, notes
+        self.resize_vocabulary = False
         for note in notes:
             say(note)
 
@@ -169,7 +173,8 @@ class _Job:
             report = replace(report, refusals={FINGERPRINT: mark}, refused_tensor=home)
         self.say(f"PEFT loads {directory}")
         try:
-            theirs, said = load_peft(directory, base, self.dtype)
+            rows = model.config.vocab_size if self.resize_vocabulary else None
+            theirs, said = load_peft(directory, base, self.dtype, rows)
         except Exception as error:  # PEFT raises whatever it meets
             reason = f"PEFT does not load it: {type(error).__name__}: {_one_line(error)}"
             refusals = report.refusals | {"peft": reason}
@@ -205,12 +210,13 @@ class _Job:
 
     def _load(self, model: Model) -> str:
         """Load the adapter, trainable; what its fingerprint says against that, or ""."""
+        resize = {"resize_vocabulary": self.resize_vocabulary}
         try:
-            load_adapter(model, self.adapter, trainable=True)
+            load_adapter(model, self.adapter, trainable=True, **resize)
             return ""
         except AdapterError as error:
             mark = str(error)
-        unchecked = {"check_base": False, "check_adapter": False}
+        unchecked = {"check_base": False, "check_adapter": False, **resize}
         try:
             load_adapter(model, self.adapter, trainable=True, **unchecked)
         except AdapterError as error:
@@ -219,7 +225,8 @@ class _Job:
 
     def _truth(self) -> LoraxSide:
         model = self._base(self.quantization)
-        load_adapter(model, self.adapter, check_base=False, check_adapter=False)
+        resize = {"resize_vocabulary": self.resize_vocabulary}
+        load_adapter(model, self.adapter, check_base=False, check_adapter=False, **resize)
         return LoraxSide(model)
 
     def _check_base(self, model: Model) -> None:
@@ -304,10 +311,13 @@ def quantizer_checks(mine: LoraxSide, dense: Model) -> Iterator[Check]:
             yield Check(path, "quantizer", part, gap, bound, source, note)
 
 
-def load_peft(adapter: Path, base: Path, dtype: torch.dtype = DTYPE) -> tuple[PeftSide, list[str]]:
+def load_peft(
+    adapter: Path, base: Path, dtype: torch.dtype = DTYPE, rows: int | None = None
+) -> tuple[PeftSide, list[str]]:
     """The adapter in PEFT over transformers, trainable, in eval mode; and what PEFT warned of.
 
     The base's weights are rounded to `dtype`, and then computed with in float32.
+    rows: the vocabulary's size, where it is to be another than the base's.
     4-bit Linears compute in float32, backward too, and run in training mode (they have no dropout):
     in eval mode bitsandbytes repacks them for another product on some CPUs.
     """
@@ -324,6 +334,8 @@ def load_peft(adapter: Path, base: Path, dtype: torch.dtype = DTYPE) -> tuple[Pe
         base_model: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, local_files_only=True, use_safetensors=True
         )
+        if rows is not None:
+            base_model.resize_token_embeddings(rows)
         for parameter in base_model.parameters():
             if parameter.is_floating_point():  # in 4-bit files some stay 16-bit, whatever is asked
                 parameter.data = parameter.data.to(DTYPE)

@@ -38,6 +38,11 @@ def summary(laboratory: Laboratory, chosen: RouteCost) -> str:
     if chosen.route.original:
         over = "the original"
     kind = f"{over}, quantized again" if chosen.route.format else over
+    if not any(cost.effect for cost in chosen.layers.values()):
+        return (
+            f"route {chosen.route.name} ({kind}): the adapter changes nothing in its "
+            f"{len(chosen.layers)} layers"
+        )
     return (
         f"route {chosen.route.name} ({kind}): {len(chosen.layers)} layers lose "
         f"{_percent(chosen.share)} of the adapter's effect, {_percent(worst)} at most ({name})"

@@ -19,6 +19,7 @@ weights are made when the layer computes, and forgotten.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -259,6 +260,7 @@ def open_laboratory(
     original: str | None = None,
     check_base: bool = True,
     say: Callable[[str], None] = lambda line: None,
+    resize_vocabulary: bool = False,
 ) -> tuple[Laboratory, Tokenizer]:
     """Load an adapter over the base that it was trained over.
 
@@ -269,7 +271,7 @@ def open_laboratory(
         device: where to work.
         original: a model with the weights from before quantization; if not given, the base's own
             files, unless these are quantized.
-        check_base: as in `load_adapter`.
+        check_base, resize_vocabulary: as in `load_adapter`.
         say: is told in one line what the run has on record.
 
     Raises:
@@ -286,8 +288,9 @@ def open_laboratory(
         device=device,
         quantization=quantization or "none",
         check_base=check_base,
+        resize_vocabulary=resize_vocabulary,
     )
-    gained_biases(require_adapter(model))  # what cannot be written is not compared either
+    gained_biases(model, require_adapter(model))  # what cannot be written is not compared either
     return Laboratory(model, _original(model, original)), tokenizer
 
 
@@ -319,7 +322,8 @@ def _original(model: Model, path: str | None) -> Original | None:
         if path is not None:
             raise UsageError(f"--original {path}: is quantized too")
         return None
-    if files.model.config != model.config:
+    config = dataclasses.replace(files.model.config, vocab_size=model.config.vocab_size)
+    if config != model.config:  # a resized vocabulary is no other model
         raise UsageError(f"--original {path}: its config.json is that of another model")
     return partial(_read, files)
 

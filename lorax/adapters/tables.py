@@ -1,0 +1,41 @@
+"""A model's two tables, embedding and head, where it has them; any nn.Module can be asked.
+
+lorax's models say which parameter is their embedding and whether the head is tied to it. Another
+nn.Module (an MLP, a vision tower) says nothing, and then has neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+HEAD = "lm_head"
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether this is one of lorax's models, with a config, an embedding and a head."""
+    return hasattr(model, "embedding_name") and hasattr(model, "config")
+
+
+def embedding_path(model: nn.Module) -> str | None:
+    """The embedding's path; None where the model names none."""
+    name: Any = getattr(model, "embedding_name", None)
+    return name.removesuffix(".weight") if isinstance(name, str) else None
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the model's config says that the head is the embedding."""
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+
+
+def head_path(model: nn.Module) -> str | None:
+    """The output layer's path; None where the model has none that it names.
+
+    transformers' models are asked, too: PEFT's "all-linear" leaves their heads out.
+    """
+    if is_language_model(model):
+        return HEAD
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    return next((name for name, module in model.named_modules() if module is head), None)
