@@ -11,11 +11,14 @@ from lorax.errors import LoraxError, UsageError
 from lorax.formats.tokenizer_files import write_tokenizer
 
 
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
 @pytest.fixture
 def base(tmp_path):
     """Widths that are multiples of 64, where bitsandbytes' decoder is right."""
     tokenizer = byte_tokenizer()
-    model = llama(vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128)
+    model = llama(vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128, **HEADS)
     model.save_pretrained(tmp_path / "base")
     write_tokenizer(tokenizer, tmp_path / "base")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "say ", "completion": "bb"}\n' * 4)
