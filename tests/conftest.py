@@ -41,7 +41,7 @@ SLOW_FILES = (
     "test_models",
     "test_optim_",
     "test_quant_against_bitsandbytes",
-    "test_training_against_peft",
+    "test_training_against_",
 )
 
 
