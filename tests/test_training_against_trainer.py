@@ -29,7 +29,7 @@ TARGETS = {"llama": "all-linear", "gpt2": ["c_attn", "c_proj", "c_fc"]}
 
 @dataclass(frozen=True)
 class Case:
-    """One run. rows: 19 and 21 leave 3 and 5 of 8 to an epoch's last step, 1 and 2 micro-batches."""
+    """One run. Of 19 or 21 rows, 3 or 5 are left to an epoch's last step of up to 8."""
 
     model: str = "llama"
     rows: int = 19
