@@ -23,6 +23,9 @@ from lorax.formats.directory import written_directory
 from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.inference.generate import _choose, stream
 from lorax.models.llama import RMSNorm
+from lorax.parity.difference import difference
+from lorax.parity.report import Check, Report
+from lorax.quant.affine import pack_nibbles
 from lorax.training import loop
 from lorax.training.evaluate import evaluate
 
@@ -194,6 +197,18 @@ def test_an_affine_block_uses_its_lowest_code():
     assert (q.packed.min(), q.packed.max()) == (-128, 127)
 
 
+def test_packed_nibbles_have_the_first_value_in_the_upper_half():
+    """As in bitsandbytes' 4-bit formats."""
+    codes = torch.tensor([1, 2, -3, 4, -8], dtype=torch.int8)
+    assert pack_nibbles(codes).tolist() == [0x12, 0xD4, 0x80]
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_bos():
+    tokenizer = byte_tokenizer(bos=True)
+    assert tokenizer.encode("<s>ab") == tokenizer.encode("ab")
+    assert tokenizer.encode("ab")[0] == tokenizer.bos_token_id
+
+
 # Files -----------------------------------------------------------------------------------------
 
 
@@ -245,6 +260,34 @@ def test_the_eos_token_id_of_config_json_is_read(tmp_path):
     assert {4, 9} <= set(lorax.load_tokenizer(tmp_path).end_token_ids)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
     assert 9 not in lorax.load_tokenizer(tmp_path).end_token_ids
+
+
+# Reports ---------------------------------------------------------------------------------------
+
+
+def check_of(mine, theirs, bound):
+    return Check("q_proj", "output", "", difference(mine, theirs), bound, "")
+
+
+def test_a_report_holds_only_if_something_was_compared_and_all_of_it_holds():
+    x = torch.ones(3)
+    for checks, holds in (
+        ([], False),
+        ([check_of(x, x, 0.0)], True),
+        ([check_of(x, x + 1e-6, 1e-5)], True),
+        ([check_of(x, x, 0.0), check_of(x, x + 1e-3, 1e-5)], False),
+        ([check_of(x, x + 1e-6, 0.0)], False),
+    ):
+        report = Report("adapter", "base", "peft", None, 9, checks=checks)
+        assert report.holds is holds
+    assert not Report("a", "b", "peft", None, 9, checks=checks[:1], refusals={"peft": "no"}).holds
+
+
+def test_a_difference_sees_nan_and_another_dtype():
+    x = torch.tensor([1.0, torch.nan])
+    assert difference(x, torch.ones(2)).relative == float("inf")
+    assert not difference(torch.zeros(4), torch.zeros(4, dtype=torch.int32)).equal
+    assert difference(x, x.clone()).equal
 
 
 # The list itself -------------------------------------------------------------------------------

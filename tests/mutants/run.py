@@ -10,20 +10,26 @@ Exit code 1 where a fault survives, or its text is not found exactly once.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shlex
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faults import FAULTS, Fault
 
 ROOT = Path(__file__).parents[2]
-PARTS = "lorax kernels tests benchmarks configs docs pyproject.toml README.md".split()
+PARTS = ["lorax", "kernels", "tests", "benchmarks", "configs", "docs", "pyproject.toml"]
+PARTS += ["README.md", "Makefile", "constraints.txt"]
+PRELOADED = ["torch", "transformers", "transformers.trainer", "peft", "bitsandbytes", "hypothesis"]
 TEST_SECONDS = 120
 FAULT_SECONDS = 900
 
@@ -63,24 +69,54 @@ def copy_tree(target: Path) -> None:
     (target / "lorax" / "kernels").symlink_to(target / "kernels")
 
 
+def preload() -> None:
+    """Import once what each run of the tests needs, as tests/conftest.py would; never lorax."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    for name in PRELOADED:
+        importlib.import_module(name)
+
+
 def tests_fail(tree: Path, arguments: str) -> tuple[bool, str]:
-    """Run the tests over the copy: whether one fails, and its name."""
-    options = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={TEST_SECONDS}"]
-    command = [sys.executable, "-m", "pytest", *options, *shlex.split(arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    """Run the tests over the copy, in a fork: whether one fails, and its name."""
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if child == 0:
+            _run_pytest(tree, arguments, said.fileno())
+        end = time.monotonic() + FAULT_SECONDS
+        while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
+            if time.monotonic() > end:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return True, "it hangs"
+            time.sleep(0.1)
+        said.seek(0)
+        lines = said.read().splitlines()
+    code = os.waitstatus_to_exitcode(status[1])
+    if code not in (0, 1):  # no tests, or a wrong argument
+        raise RuntimeError(f"pytest {arguments}: exit code {code}", *lines[-20:])
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return code == 1, failed[0].split(" - ")[0] if failed else ""
+
+
+def _run_pytest(tree: Path, arguments: str, output: int) -> NoReturn:
+    code = 99
     try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True,
-            timeout=FAULT_SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return True, "it hangs"
-    if done.returncode not in (0, 1):  # no tests, or a wrong argument
-        raise RuntimeError(
-            f"pytest {arguments}: exit code {done.returncode}\n{done.stdout[-2000:]}"
-        )
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode == 1, failed[0].split(" - ")[0] if failed else ""
+        os.setsid()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(tree)
+        os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        sys.dont_write_bytecode = True
+        sys.path.insert(0, str(tree))
+        options = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={TEST_SECONDS}"]
+        code = int(pytest.main([*options, *shlex.split(arguments)]))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
 
 
 def plant(fault: Fault, tree: Path) -> tuple[bool, str]:
@@ -108,16 +144,20 @@ def main() -> int:
     if given.check or wrong:
         print(f"{len(faults) - len(wrong)} of {len(faults)} faults can be planted")
         return 1 if wrong else 0
+    preload()
     survived = 0
     with tempfile.TemporaryDirectory(prefix="lorax-mutants-") as folder:
         copy_tree(Path(folder))
+        clean: dict[str, bool] = {}  # tests -> whether they pass where nothing is planted
         for fault in faults:
             start = time.perf_counter()
-            caught, name = plant(fault, Path(folder))
+            if fault.tests not in clean:
+                clean[fault.tests] = not tests_fail(Path(folder), fault.tests)[0]
+            caught, name = plant(fault, Path(folder)) if clean[fault.tests] else (False, "")
             survived += not caught
-            seconds = time.perf_counter() - start
             word = f"caught by {name}" if caught else f"SURVIVED {fault.tests}"
-            print(f"{seconds:6.1f} s  {fault.why}: {word}", flush=True)
+            word = word if clean[fault.tests] else f"NOT PLANTED: {fault.tests} fails without it"
+            print(f"{time.perf_counter() - start:6.1f} s  {fault.why}: {word}", flush=True)
     print(f"{len(faults) - survived} of {len(faults)} faults caught")
     return 1 if survived else 0
 
