@@ -97,7 +97,7 @@ def tests_fail(tree: Path, arguments: str) -> tuple[bool, str]:
         lines = said.read().splitlines()
     code = os.waitstatus_to_exitcode(status[1])
     if code not in (0, 1):  # no tests, or a wrong argument
-        raise RuntimeError(f"pytest {arguments}: exit code {code}", *lines[-20:])
+        raise ValueError(f"{arguments}: pytest's exit code is {code}")
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return code == 1, failed[0].split(" - ")[0] if failed else ""
 
@@ -130,8 +130,39 @@ def plant(fault: Fault, tree: Path) -> tuple[bool, str]:
         path.write_text(whole)
 
 
+def noticed(fault: Fault, tree: Path, clean: dict[str, bool]) -> tuple[bool, str]:
+    """Whether the fault is caught, and a line's end about it.
+
+    clean: tests -> whether they pass where nothing is planted; filled here.
+    """
+    try:
+        if fault.tests not in clean:
+            clean[fault.tests] = not tests_fail(tree, fault.tests)[0]
+        if not clean[fault.tests]:
+            return False, f"NOT PLANTED: {fault.tests} fails anyway"
+        caught, name = plant(fault, tree)
+    except ValueError as error:
+        return False, f"NOT PLANTED: {error}"
+    return caught, f"caught by {name}" if caught else f"SURVIVED {fault.tests}"
+
+
+def plant_all(faults: list[Fault]) -> int:
+    """Plant one after the other, a line each; how many were not caught."""
+    preload()
+    left = 0
+    clean: dict[str, bool] = {}
+    with tempfile.TemporaryDirectory(prefix="lorax-mutants-") as folder:
+        copy_tree(Path(folder))
+        for fault in faults:
+            start = time.perf_counter()
+            caught, words = noticed(fault, Path(folder), clean)
+            left += not caught
+            print(f"{time.perf_counter() - start:6.1f} s  {fault.why}: {words}", flush=True)
+    return left
+
+
 def main() -> int:
-    """Parse, plant, count."""
+    """Parse, check, plant, count."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", help="only faults with one of these in their texts")
     parser.add_argument("--check", action="store_true", help="plant nothing")
@@ -144,22 +175,9 @@ def main() -> int:
     if given.check or wrong:
         print(f"{len(faults) - len(wrong)} of {len(faults)} faults can be planted")
         return 1 if wrong else 0
-    preload()
-    survived = 0
-    with tempfile.TemporaryDirectory(prefix="lorax-mutants-") as folder:
-        copy_tree(Path(folder))
-        clean: dict[str, bool] = {}  # tests -> whether they pass where nothing is planted
-        for fault in faults:
-            start = time.perf_counter()
-            if fault.tests not in clean:
-                clean[fault.tests] = not tests_fail(Path(folder), fault.tests)[0]
-            caught, name = plant(fault, Path(folder)) if clean[fault.tests] else (False, "")
-            survived += not caught
-            word = f"caught by {name}" if caught else f"SURVIVED {fault.tests}"
-            word = word if clean[fault.tests] else f"NOT PLANTED: {fault.tests} fails without it"
-            print(f"{time.perf_counter() - start:6.1f} s  {fault.why}: {word}", flush=True)
-    print(f"{len(faults) - survived} of {len(faults)} faults caught")
-    return 1 if survived else 0
+    left = plant_all(faults)
+    print(f"{len(faults) - left} of {len(faults)} faults caught")
+    return 1 if left else 0
 
 
 if __name__ == "__main__":
