@@ -24,23 +24,23 @@ class Fault:
 
 TRAINER = "tests/test_training_against_trainer.py -k"
 ONCE = "tests/test_once_unnoticed.py"
-LOOP = "lorax/training/loop.py"
+LOOP = "lorax/training/*.py"
 SCHEDULE = "lorax/training/schedule.py"
 BATCHES = "lorax/data/batches.py"
 EXAMPLES = "lorax/data/examples.py"
 GENERATE = "lorax/inference/*.py"
 CONFIG = "lorax/adapters/config.py"
-MERGE = "lorax/adapters/merge.py"
+MERGE = "lorax/adapters/*.py"
 ROUTES = "lorax/merging/routes.py"
 COSTS = "lorax/merging/costs.py"
-LLAMA = "lorax/models/llama.py"
-GPT2 = "lorax/models/gpt2.py"
+LLAMA = "lorax/models/*.py"
+GPT2 = "lorax/models/*.py"
 FORMATS = "lorax/formats/*.py"
 LABORATORY = "tests/test_merge_laboratory.py"
 MODELS = "tests/test_models.py"
 
 TRAINING_FAULTS = [
-    Fault(LOOP, "step - 1, plan.total_steps", "step, plan.total_steps",
+    Fault(LOOP, "step - 1, ", "step, ",
           "the learning rate is a step off", f"{TRAINER} cosine"),
     Fault(LOOP, "optimizer.zero_grad()", "pass",
           "gradients of all steps add up", f"{TRAINER} cosine"),
@@ -52,10 +52,9 @@ TRAINING_FAULTS = [
     Fault(LOOP, "summed_loss(model, batch.input_ids, batch.labels) / step_tokens",
           "summed_loss(model, batch.input_ids, batch.labels) / (batch.labels != -100).sum()",
           "a mean of means", f"{TRAINER} cosine"),
-    Fault(LOOP, "set_rates(optimizer, base_rates, factor)", "pass",
+    Fault(LOOP, "= base * factor", "= base",
           "the schedule is not applied", f"{TRAINER} linear"),
-    Fault(LOOP, "grad_norm = _clip(trained, settings.max_grad_norm)",
-          "grad_norm = _clip(trained, 0.0)", "nothing is clipped", f"{TRAINER} clipping"),
+    Fault(LOOP, "max_norm or math.inf", "math.inf", "nothing is clipped", f"{TRAINER} clipping"),
     Fault(LOOP, "model.train()", "model.eval()", "no dropout in training",
           f"{ONCE} -k dropout"),
     Fault(SCHEDULE, "math.ceil(recipe.train.epochs * math.ceil(rows / recipe.train.batch_size))",
@@ -121,8 +120,8 @@ MODEL_FAULTS = [
     Fault(LLAMA, "/ config.rope_theta**exponents / config.rope_factor",
           "/ config.rope_theta**exponents", "linear rope scaling is ignored",
           MODELS + " -k rope"),
-    Fault(LLAMA, "F.silu(self.gate_proj(x)) * self.up_proj(x)",
-          "F.silu(self.up_proj(x)) * self.gate_proj(x)", "gate and up are swapped",
+    Fault(LLAMA, "(self.gate_proj(x)) * self.up_proj(x)",
+          "(self.up_proj(x)) * self.gate_proj(x)", "gate and up are swapped",
           MODELS + " -k llama"),
     Fault(LLAMA, "keep * frequencies + (1 - keep) * frequencies / scaling.factor",
           "(1 - keep) * frequencies + keep * frequencies / scaling.factor",
@@ -131,7 +130,7 @@ MODEL_FAULTS = [
           MODELS + " -k gpt2"),
     Fault(GPT2, "eps=config.layer_norm_epsilon)\n        self.attn",
           "eps=1e-3)\n        self.attn", "a norm's epsilon is another", MODELS + " -k gpt2"),
-    Fault("lorax/formats/model_config.py", 'found.get("dtype") or found.get("torch_dtype")',
+    Fault(FORMATS, 'found.get("dtype") or found.get("torch_dtype")',
           'found.get("torch_dtype")', "transformers 5's word for the dtype is not read",
           MODELS + " -k dtype"),
 ]  # fmt: skip
@@ -154,7 +153,8 @@ ADAPTER_FAULTS = [
     Fault(CONFIG, "if self.exclude_modules and _matches(self.exclude_modules, name):",
           "if False:", "exclude_modules is ignored",
           "tests/test_adapters.py tests/test_peft_extras.py"),
-    Fault(MERGE, "if any(layer.merged is not None for layer in layers.values()):", "if False:",
+    Fault("lorax/adapters/merge.py", "if any(layer.merged is not None for",
+          "if any(False for",
           "merging twice is not refused", "tests/test_adapters.py"),
     Fault(MERGE, "if not merge:", "if merge:", "unload merges, and the other way round",
           "tests/test_adapters.py"),
@@ -185,21 +185,21 @@ ADAPTER_FAULTS = [
 ]  # fmt: skip
 
 QUANT_FAULTS = [
-    Fault("lorax/quant/double.py", "scales.add_(nested.offset)", "scales",
+    Fault("lorax/quant/*.py", "scales.add_(nested.offset)", "scales",
           "the nested scales' offset is lost", "tests/test_quant_nf4.py"),
-    Fault("lorax/quant/double.py", "MAX_RMS_GROWTH = 1.05", "MAX_RMS_GROWTH = 1e9",
+    Fault("lorax/quant/*.py", "MAX_RMS_GROWTH = 1.05", "MAX_RMS_GROWTH = 1e9",
           "double quantization where it is not safe", "tests/test_quant_nf4.py"),
-    Fault("lorax/quant/nf4.py", "(pairs << 4).bitwise_or_(pairs >> 8)",
+    Fault("lorax/quant/*.py", "(pairs << 4).bitwise_or_(pairs >> 8)",
           "(pairs & 15).bitwise_or_((pairs >> 8) << 4)", "nibbles are swapped",
           "tests/test_golden_bitsandbytes.py"),
-    Fault("lorax/quant/llm_int8.py", "half.abs() >= threshold", "half.abs() > 1e9",
+    Fault("lorax/quant/*.py", "half.abs() >= threshold", "half.abs() > 1e9",
           "no outlier is kept in 16 bits", "tests/test_quant_int8.py"),
-    Fault("lorax/quant/llm_int8.py", "codes.index_fill_(1, columns, 0)", "codes",
+    Fault("lorax/quant/*.py", "codes.index_fill_(1, columns, 0)", "codes",
           "outliers' columns count twice", "tests/test_quant_int8.py"),
-    Fault("lorax/quant/affine.py", "(nibbles[0::2] << 4) | nibbles[1::2]",
+    Fault("lorax/quant/*.py", "(nibbles[0::2] << 4) | nibbles[1::2]",
           "(nibbles[1::2] << 4) | nibbles[0::2]", "nibbles are swapped",
           f"{ONCE} -k nibbles"),
-    Fault("lorax/quant/blockwise.py", "smallest = -largest if symmetric else -largest - 1",
+    Fault("lorax/quant/*.py", "smallest = -largest if symmetric else -largest - 1",
           "smallest = -largest", "an affine code less", f"{ONCE} -k affine"),
     Fault("lorax/optim/adamw.py", "step_size = hyper.lr / (1 - hyper.beta1**hyper.step)",
           "step_size = hyper.lr", "no bias correction", "tests/test_optim_adamw.py"),
@@ -211,38 +211,38 @@ QUANT_FAULTS = [
 ]  # fmt: skip
 
 FILE_FAULTS = [
-    Fault("lorax/formats/safetensors_files.py", "if name in self.home:", "if False:",
+    Fault(FORMATS, "if name in self.home:", "if False:",
           "one tensor in two shards is taken", f"{ONCE} -k shards"),
-    Fault("lorax/formats/safetensors_files.py",
+    Fault(FORMATS,
           "if self._pending and pending + size > self._max_shard_bytes:",
           "if False:", "there is never a second shard", f"{MODELS} -k shard"),
-    Fault("lorax/formats/directory.py", "os.rename(temporary, target)",
+    Fault(FORMATS, "os.rename(temporary, target)",
           "shutil.copytree(temporary, target, dirs_exist_ok=True)",
           "a rename that is no rename: half a directory after a crash", f"{ONCE} -k rename"),
-    Fault("lorax/formats/directory.py", "if target.is_dir() and any(target.iterdir()):",
+    Fault(FORMATS, "if target.is_dir() and any(target.iterdir()):",
           "if False:", "somebody's directory is written into", "tests/test_models.py"),
     Fault("lorax/formats/huggingface.py", "files = open_model_files(path, revision)",
           "files = open_model_files(path)", "the Hub's revision is dropped",
           f"{ONCE} -k revision"),
-    Fault(LOOP, "load_tokenizer(settings.path, revision=settings.revision)",
+    Fault("lorax/training/loop.py", "load_tokenizer(settings.path, revision=settings.revision)",
           "load_tokenizer(settings.path)", "the tokenizer is another revision's",
           f"{ONCE} -k revision"),
-    Fault("lorax/formats/huggingface.py", "and quantizable(module_name, module):", "and True:",
+    Fault(FORMATS, "and quantizable(module_name, module):", "and True:",
           "what must stay dense is quantized", "tests/test_loading_memory.py " + MODELS),
-    Fault("lorax/formats/huggingface.py", "_check_tied(tensor, embedding, theirs)", "pass",
+    Fault(FORMATS, "_check_tied(tensor, embedding, theirs)", "pass",
           "a head that differs is dropped without a word", MODELS + " -k tied"),
-    Fault("lorax/formats/tokenizer_files.py", 'in ("generation_config.json", "config.json"):',
+    Fault(FORMATS, 'in ("generation_config.json", "config.json"):',
           'in ("generation_config.json",):', "config.json's eos_token_id is not read",
           f"{ONCE} -k config_json"),
-    Fault("lorax/formats/peft.py", "parameter.requires_grad_(wanted)", "pass",
+    Fault(FORMATS, "parameter.requires_grad_(wanted)", "pass",
           "a failed load leaves the model frozen", f"{ONCE} -k failed_load"),
-    Fault("lorax/formats/peft.py", "if not torch.isfinite(tensor).all():", "if False:",
+    Fault("lorax/formats/peft.py", 'raise AdapterError(f"{where}: {name} is not finite")', "pass",
           "NaN in an adapter is loaded", "tests/test_peft.py tests/test_mismatch.py"),
-    Fault("lorax/formats/peft.py", "if missing or unexpected:", "if missing:",
+    Fault(FORMATS, "if missing or unexpected:", "if missing:",
           "a tensor without a place is ignored", "tests/test_peft.py"),
-    Fault("lorax/formats/fingerprint.py", 'if digest is not None and digest != stated["sha256"]:',
+    Fault(FORMATS, 'if digest is not None and digest != stated["sha256"]:',
           "if False:", "an adapter of another base is loaded", "tests/test_fingerprint.py"),
-    Fault("lorax/formats/peft_directory.py", "if len(below) > 1:", "if False:",
+    Fault(FORMATS, "if len(below) > 1:", "if False:",
           "one of several adapters is taken", "tests/test_peft.py tests/test_peft_extras.py"),
     Fault("lorax/data/templates.py", "if not selector.select(MAX_SECONDS):",
           "if not selector.select():", "a template may run for ever", "tests/test_templates.py"),
