@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 READY := .venv/ready
 
-.PHONY: setup demo test quick lint bench gpu clean
+.PHONY: setup demo test quick lint mutants bench gpu clean
 
 setup: $(READY)
 
@@ -23,6 +23,10 @@ lint: $(READY)
 	$(BIN)/ruff check lorax kernels tests benchmarks
 	$(BIN)/ruff format --check lorax kernels tests benchmarks
 	$(BIN)/mypy
+
+# Plants each fault of tests/mutants/faults.py in a copy; its tests must notice. Takes long.
+mutants: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/training_step.py

@@ -13,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from lorax.adapters.routes import Route
-from lorax.verify import merging
+from lorax.merging import laboratory as merging
+from lorax.merging.routes import Route
 
 RESULT = Path(__file__).parent / "results" / "merging-cpu.json"
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorax.formats.peft import load_adapter as load_adapter
     from lorax.formats.peft import save_adapter as save_adapter
     from lorax.inference.generate import generate as generate
+    from lorax.parity.against_peft import verify as verify
     from lorax.quant.formats import quantize as quantize
     from lorax.quant.tensor import QuantizedTensor as QuantizedTensor
     from lorax.training.loop import train as train
@@ -63,6 +64,7 @@ _HOME = {
     "train": "lorax.training.loop",
     "unload_adapter": "lorax.adapters.merge",
     "unmerge_adapter": "lorax.adapters.merge",
+    "verify": "lorax.parity.against_peft",
     "write_adapter": "lorax.formats.adapter_data",
 }
 
@@ -72,15 +74,17 @@ _ROOMS = {
     "errors",
     "formats",
     "inference",
+    "inspect",
     "kernels",
+    "merging",
     "models",
     "optim",
+    "parity",
     "quant",
     "training",
-    "verify",
 }
 
-__all__ = sorted([*_HOME, "verify"])  # a room, and callable: lorax.verify(adapter)
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lorax import __version__
@@ -284,7 +283,8 @@ def merge(
     dtype
         The base's in training, and the output's unless --route names another.
     """
-    from lorax.verify import merge_report, merging
+    from lorax.merging import laboratory as merging
+    from lorax.merging import report as merge_report
 
     merging.check_request(output, report, route, format, residual_rank, text)
     laboratory, tokenizer = merging.open_laboratory(
@@ -355,7 +355,7 @@ def inspect_quantization(
     model
         A directory, Hub id or .gguf file.
     """
-    from lorax.verify import quantization as report
+    from lorax.inspect import quantization as report
 
     errors = report.inspect_quantization(model, format, block_size, dtype)
     if plot is not None:
@@ -363,33 +363,10 @@ def inspect_quantization(
     if json:
         print(report.to_json(errors))
         return
-    table = Table(
-        "format", "block", "bits", "MB", "mean error", "RMS error", "fallbacks", "worst row"
-    )
-    for total in report.totals(errors):
-        worst = max(
-            (e for e in errors if (e.format, e.block_size) == (total.format, total.block_size)),
-            key=lambda e: e.worst_rows[0][1],
-        )
-        row, error = worst.worst_rows[0]
-        table.add_row(
-            total.format,
-            str(total.block_size),
-            f"{total.bits:.3f}",
-            f"{total.nbytes / 1e6:.1f}",
-            f"{total.mean_error:.3e}",
-            f"{100 * total.relative_rms:.2f} %",
-            str(total.fallbacks),
-            f"{100 * error:.1f} % {worst.name} [{row}]",
-        )
-    out.print(table)
+    out.print(report.table(errors))
     if tensors:
-        for e in errors:
-            rows = ", ".join(f"{row}: {100 * error:.1f} %" for row, error in e.worst_rows)
-            _say(
-                f"{e.name}  {e.format}/{e.block_size}  {e.bits:.3f} bits  mean {e.mean_error:.3e}  "
-                f"RMS {100 * e.relative_rms:.2f} %  worst rows {rows}"
-            )
+        for line in report.lines(errors):
+            _say(line)
     if plot is not None:
         _say(f"picture  {plot}")
 
@@ -411,22 +388,13 @@ def inspect_adapter(
     path
         A PEFT LoRA directory; no base model is needed.
     """
-    from lorax.verify import adapter as report
+    from lorax.inspect import adapter as report
 
     found = report.inspect_adapter(path, against)
     if json:
         print(report.to_json(found))
         return
-    columns = ["layer", "r", "Frobenius", "spectral", "eff. rank"]
-    columns += ["degrees"] if against is not None else []
-    table = Table(*columns, box=None)  # room for long paths
-    for size in found:
-        row = [size.layer, str(size.rank), f"{size.frobenius:.4g}", f"{size.spectral:.4g}"]
-        row.append(f"{size.effective_rank:.2f}")
-        if size.angle is not None:
-            row.append(f"{size.angle:.2f}")
-        table.add_row(*row)
-    out.print(table)
+    out.print(report.table(found))
 
 
 @inspect.command(name="optimizer")
@@ -438,33 +406,17 @@ def inspect_optimizer(path: str, /, *, json: Json = False) -> None:
     path
         A run's directory, a checkpoint's directory, or an optimizer state's file.
     """
-    from lorax.verify import optimizer as verify
+    from lorax.inspect import optimizer as report
 
-    report = verify.inspect_optimizer(path)
+    found = report.inspect_optimizer(path)
     if json:
-        print(verify.to_json(report))
+        print(report.to_json(found))
         return
-    if report.optimizer is not None:
-        _say(f"optimizer  {report.optimizer}, after step {report.steps or 0}")
-    _say(f"state      {report.state_file or 'none is saved; a checkpoint would hold it'}")
-    if report.state:
-        table = Table("state", "dtype", "tensors", "values", "bytes", "bytes a parameter")
-        count = max(report.parameters, 1)
-        for part in report.state:
-            numbers = (part.tensors, part.values, part.nbytes)
-            cells = [f"{number:,}" for number in numbers]
-            table.add_row(part.name, part.dtype, *cells, f"{part.nbytes / count:.3f}")
-        total = report.state_bytes
-        table.add_row("total", "", "", "", f"{total:,}", f"{total / count:.3f}")
-        out.print(table)
-    _say(report.verdict)
-    if report.paging is not None:
-        table = Table("paging", "")
-        table.add_row("bytes managed", f"{report.paging.managed_bytes:,}")
-        table.add_row("bytes prefetched in", f"{report.paging.prefetched_in_bytes:,}")
-        table.add_row("bytes prefetched out", f"{report.paging.prefetched_out_bytes:,}")
-        table.add_row("seconds waited", f"{report.paging.waited_seconds:.3f}")
-        out.print(table)
+    for part in report.parts(found):
+        if isinstance(part, str):
+            _say(part)
+        else:
+            out.print(part)
 
 
 adapter = App(name="adapter", help="Calculate with adapters: lorax adapter add A B --output SUM")
@@ -545,7 +497,7 @@ def verify(
     adapter
         The adapter (directory or Hub id), or a run's directory.
     """
-    from lorax.verify.against_peft import verify as hold_against
+    from lorax.parity.against_peft import verify as hold_against
 
     report = hold_against(
         adapter,
@@ -564,7 +516,7 @@ def verify(
     if json:
         _print_json(report.as_dict())
     else:
-        from lorax.verify.report import table
+        from lorax.parity.report import table
 
         out.print(table(report))
         _say(str(report))

@@ -41,15 +41,22 @@ SLOW_FILES = (
     "test_models",
     "test_optim_",
     "test_quant_against_bitsandbytes",
-    "test_training_against_peft",
+    "test_training_against_",
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow files; skip, and count, gpu tests where there is no CUDA device."""
+SECONDS, SLOW_SECONDS = 120, 600  # for one test; a hang is then a failure that says where
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the slow files, limit the time; skip, and count, gpu tests where there is no CUDA."""
+    limits = config.pluginmanager.hasplugin("timeout")  # not on a bare GPU machine
     for item in items:
         if item.path.stem.startswith(SLOW_FILES):
             item.add_marker(pytest.mark.slow)
+        if limits and not item.get_closest_marker("timeout") and not config.option.timeout:
+            slow = item.get_closest_marker("slow") is not None
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS if slow else SECONDS))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

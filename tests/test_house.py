@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "kernels": 0, "errors": 0, "heap": 0, "models": 0, "data": 0,
     "quant": 1, "adapters": 2, "optim": 2, "formats": 3, "training": 4, "inference": 4,
-    "verify": 5, "progress": 5, "demo": 6, "cli": 7,
+    "parity": 5, "merging": 5, "inspect": 5, "progress": 5, "demo": 6, "cli": 7,
 }  # fmt: skip
 FILES = sorted((ROOT / "lorax").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 

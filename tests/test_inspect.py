@@ -9,7 +9,7 @@ import torch
 from oracles import llama
 
 import lorax
-from lorax.verify.quantization import inspect_quantization, measure, plot, totals
+from lorax.inspect.quantization import inspect_quantization, measure, plot, totals
 
 
 @pytest.fixture(scope="module")

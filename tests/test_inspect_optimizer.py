@@ -10,9 +10,9 @@ from torch import nn
 from lorax import cli
 from lorax.errors import EnvironmentProblem, FormatError, RecipeError
 from lorax.formats.optimizer_files import save_optimizer_state
+from lorax.inspect.optimizer import add_up, inspect_optimizer
 from lorax.optim import AdamW, AdamW8bit, PagedAdamW
 from lorax.optim.paged import PagingCounters
-from lorax.verify.optimizer import add_up, inspect_optimizer
 
 RECIPE = """[model]
 path = "base"

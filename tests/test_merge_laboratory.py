@@ -25,16 +25,15 @@ from transformers import AutoModelForCausalLM
 import lorax
 from lorax import cli
 from lorax.adapters.inject import adapter_layers
-from lorax.adapters.merge import take_route
-from lorax.adapters.residual import truncated_svd
-from lorax.adapters.routes import Route, route_layer
 from lorax.errors import AdapterError, FormatError, UsageError
 from lorax.formats.run_record import read_record
 from lorax.formats.tokenizer_files import write_tokenizer
+from lorax.merging import laboratory as merging
+from lorax.merging.laboratory import Laboratory
+from lorax.merging.residual import truncated_svd
+from lorax.merging.routes import Route, route_layer, take_route
 from lorax.quant.linear import QuantizedLinear
 from lorax.training.loss import summed_loss
-from lorax.verify import merging
-from lorax.verify.merging import Laboratory
 
 KINDS = {"llama": llama, "gpt2": gpt2}
 SIZES = {kind: {**EVEN[kind], "vocab_size": 261} for kind in KINDS}

@@ -281,7 +281,7 @@ def test_a_pickle_is_refused_with_the_lines_that_convert_it(written, tmp_path):
 @pytest.mark.parametrize("base", ["../no/such/base", "/no/such/base"])
 def test_a_base_that_is_not_there_names_the_option(base, written, tmp_path):
     from lorax.formats.open_model import open_model
-    from lorax.verify.merging import open_laboratory
+    from lorax.merging.laboratory import open_laboratory
 
     adapter = edited(written, tmp_path, base_model_name_or_path=base)
     for opens in (open_model, open_laboratory):

@@ -15,7 +15,7 @@ import lorax
 from lorax.errors import AdapterError
 from lorax.formats.open_model import open_model
 from lorax.formats.tokenizer_files import write_tokenizer
-from lorax.verify.against_peft import verify
+from lorax.parity.against_peft import verify
 
 ROWS = 103  # llama() has 97
 WIDE = tokens(vocabulary=ROWS, seed=3)

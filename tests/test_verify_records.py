@@ -10,7 +10,6 @@ import lorax
 from lorax.errors import LoraxError, UsageError
 from lorax.formats.tokenizer_files import write_tokenizer
 
-
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 

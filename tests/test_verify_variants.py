@@ -18,10 +18,10 @@ from variants import Variant, by_lorax, by_peft, make_base
 
 import lorax
 from lorax import cli
-from lorax.verify.against_peft import batch, load_peft
-from lorax.verify.compare import compare
-from lorax.verify.report import Report
-from lorax.verify.sides import LoraxSide
+from lorax.parity.against_peft import batch, load_peft
+from lorax.parity.compare import compare
+from lorax.parity.report import Report
+from lorax.parity.sides import LoraxSide
 
 R = {"r": 4, "lora_alpha": 6}
 Q = R | {"target_modules": ["q_proj", "down_proj"]}

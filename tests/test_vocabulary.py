@@ -12,7 +12,7 @@ import lorax
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary, padding_id
 from lorax.errors import DataError
-from lorax.verify.against_peft import batch
+from lorax.parity.rows import batch
 
 CHATML = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"

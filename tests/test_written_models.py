@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 import lorax
 from lorax.errors import EnvironmentProblem, FormatError, UsageError
 from lorax.formats.directory import written_directory
-from lorax.formats.merged_model import write_merged
 from lorax.formats.quantize_model import quantize_model
 from lorax.formats.tokenizer_files import write_tokenizer
+from lorax.merging.files import write_merged
 
 MAKE = {"llama": llama, "mistral": mistral, "gpt2": gpt2}
 GENERATION = '{"eos_token_id": [3, 5], "temperature": 0.6,   "do_sample": true}'

@@ -5,13 +5,14 @@
 computed in float32 and rounded once to the base's dtype. On a quantized base W is the dequantized
 weight and the result stays dense: quantizing it again would throw away most of what was learned
 (PEFT does, and moves the logits by 0.1 to 0.26 of their size). The other ways, and what they cost,
-are in routes.py; `take_route` takes one of them.
+are in lorax/merging/routes.py.
 
 The base is never written to. Merging sets a dense Linear beside it; unmerging takes it away.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters import routes
 from lorax.adapters.inject import replace_module, require_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.replaced import forget, put_back, replaced_parameters
@@ -29,7 +29,6 @@ from lorax.adapters.tables import is_language_model
 from lorax.adapters.tokens import TokenRows, tie_merged
 from lorax.errors import AdapterError
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.nf4 import FourBitTensor
 
 
 @dataclass(frozen=True)
@@ -74,15 +73,15 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     if any(layer.merged is not None for layer in layers.values()):
         raise AdapterError("the adapter is merged already")
     check_finite(model)
-    routed = {name: _densely(layer, name) for name, layer in layers.items()}
-    merged = {name: each.module for name, each in routed.items()}
+    made = {name: _merged(layer, name) for name, layer in layers.items()}
+    merged = {name: module for name, (module, _, _) in made.items()}
     tie_merged(layers, merged)
     for name, layer in layers.items():
         layer.merged = merged[name]
     return MergeReport(
-        {name: each.cost.share for name, each in routed.items()},
+        {name: lost / effect if effect else 0.0 for name, (_, lost, effect) in made.items()},
         next(iter(layers.values())).base_weight().dtype,
-        any(each.cost.effect for each in routed.values()),
+        any(effect for _, _, effect in made.values()),
     )
 
 
@@ -178,62 +177,67 @@ def merged_layer(layer: AdapterLayer, name: str = "") -> tuple[nn.Module, float]
     Raises:
         AdapterError: a merged weight is not finite, as in a dtype of too small a range.
     """
-    routed = _densely(layer, name)
-    return routed.module, routed.cost.share
+    module, lost, effect = _merged(layer, name)
+    return module, lost / effect if effect else 0.0
 
 
-def _densely(layer: AdapterLayer, name: str) -> routes.RoutedLayer:
+def _merged(layer: AdapterLayer, name: str) -> tuple[nn.Module, float, float]:
+    """The dense module; ||rounded - exact||; and ||exact - W||, the adapter's effect."""
     dtype = layer.base_weight().dtype
-    routed = routes.route_layer(name, layer, routes.Route(dtype))
-    if not math.isfinite(routed.cost.lost):
+    wide = comparison_dtype(dtype)
+    exact = layer.effective_weight(wide)
+    effect = effect_of(layer, exact)
+    aim = exact if wide == torch.float32 else layer.effective_weight()
+    module, lost = rounded_layer(layer, aim, exact, dtype)
+    if not math.isfinite(lost):
         raise AdapterError(
             f"{name or 'a layer'}: the merged weight is not finite in "
             f"{str(dtype).removeprefix('torch.')}; take a dtype of a larger range"
         )
-    return routed
+    return module, lost, effect
 
 
-def take_route(
-    model: nn.Module, route: routes.Route, original: routes.Original | None = None
-) -> tuple[dict[str, routes.LayerCost], dict[str, tuple[Tensor, Tensor]]]:
-    """Merge the adapter by this route and take its modules out, in place, layer by layer.
+def effect_of(layer: AdapterLayer, exact: Tensor) -> float:
+    """||exact - W||; 0 where that is only the rounding of a layer that starts at W up to rounding.
 
-    Args:
-        model: with an adapter.
-        route: the route; all that is dense comes out in its dtype.
-        original: where the weights from before quantization are; for the routes that want them.
-
-    Returns:
-        What each adapted layer lost, and the residuals (A, B), both by path.
-
-    Raises:
-        AdapterError: there is no adapter, or it is not finite. QuantizationError: a merged weight
-            is not finite, and the model is then merged in part.
+    DoRA's magnitudes are float32 norms, each right to about a last place.
     """
-    check_finite(model)
-    costs: dict[str, routes.LayerCost] = {}
-    residuals: dict[str, tuple[Tensor, Tensor]] = {}
-    adapted = set(require_adapter(model))
-    others = [name for name in routes.routed_modules(model, route) if name not in adapted]
+    base = layer.base_weight().to(exact)
+    effect = frobenius(exact - base)
+    a_place = torch.finfo(torch.float32).eps
+    nothing = not layer.starts_exact and effect <= a_place * frobenius(base)
+    return 0.0 if nothing else effect
 
-    def merged(name: str, layer: nn.Module) -> tuple[nn.Module, float]:
-        routed = routes.route_layer(name, layer, route, original)
-        if routed.residual is not None:
-            residuals[name] = routed.residual
-        costs[name] = routed.cost
-        return routed.module, routed.cost.share
 
-    for name in others:
-        replace_module(model, name, merged(name, model.get_submodule(name))[0])
-        del costs[name]
-    unload_adapter(model, merge=True, how=merged)
-    model.to(route.dtype)
-    for module in model.modules():  # those that stay quantized are decoded to that dtype too
-        if isinstance(module, QuantizedLinear):
-            module.dtype = route.dtype
-            if isinstance(module.quantized, FourBitTensor):
-                module.quantized = dataclasses.replace(module.quantized, dtype=route.dtype)
-    return costs, residuals
+def rounded_layer(
+    layer: AdapterLayer, weight: Tensor, exact: Tensor, dtype: torch.dtype
+) -> tuple[nn.Module, float]:
+    """The layer with `weight` (out, in) rounded to `dtype`, and ||rounded - exact||."""
+    module = dense_like(layer.base_layer, weight.to(dtype), layer.effective_bias())
+    return module, frobenius(module.weight.to(exact.dtype) - exact)  # type: ignore[operator]
+
+
+def comparison_dtype(rounded_to: torch.dtype) -> torch.dtype:
+    """What a rounding is measured in: one to float32 in float64, a coarser one in float32."""
+    return torch.float64 if rounded_to == torch.float32 else torch.float32
+
+
+def dense_like(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A module like `base`, frozen, with this weight and bias; the bias in the weight's dtype."""
+    if isinstance(base, QuantizedLinear):
+        module: nn.Module = nn.Linear(base.in_features, base.out_features, False, device="meta")
+    else:
+        module = copy.copy(base)
+        module._parameters = dict(base._parameters)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    return module.eval()
+
+
+def frobenius(x: Tensor) -> float:
+    """||x||, accumulated in float64."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item()
 
 
 # A Llama's config has one word for the biases of all its attention, and one for all of the MLP's.

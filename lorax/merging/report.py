@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from lorax.formats.merged_model import RESIDUAL
-from lorax.verify.merge_costs import Report, RouteCost, finite
-from lorax.verify.merging import Laboratory
+from lorax.merging.costs import Report, RouteCost, finite
+from lorax.merging.files import RESIDUAL
+from lorax.merging.laboratory import Laboratory
 
 
 def as_dict(

@@ -21,10 +21,8 @@ from torch import Tensor
 
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.inject import adapter_config
-from lorax.quant import nf4
-from lorax.quant.linear import QuantizedLinear
-from lorax.verify import causes
-from lorax.verify.difference import (
+from lorax.parity import causes
+from lorax.parity.difference import (
     COMPUTED,
     COMPUTED_BOUND,
     EXACT,
@@ -37,8 +35,10 @@ from lorax.verify.difference import (
     gradient_bound,
     weight_bound,
 )
-from lorax.verify.report import Check, Nearer
-from lorax.verify.sides import LoraxSide, Side
+from lorax.parity.report import Check, Nearer
+from lorax.parity.sides import LoraxSide, Side
+from lorax.quant import nf4
+from lorax.quant.linear import QuantizedLinear
 
 DECOMPOSED = "a part was taken out of the base again on each side: 1e-5"
 DECOMPOSED_BOUND = 1e-5

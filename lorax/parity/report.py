@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from lorax.errors import EnvironmentProblem
-from lorax.verify.difference import Difference
+from lorax.parity.difference import Difference
 
 FINGERPRINT = "fingerprint"  # its refusal does not keep the two from being compared
 
@@ -212,7 +212,7 @@ class Report:
         """
         import jinja2
 
-        loader = jinja2.PackageLoader("lorax.verify", "")
+        loader = jinja2.PackageLoader("lorax.parity", "")
         environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
         environment.filters["number"] = number
         page = environment.get_template("report.html.jinja").render(

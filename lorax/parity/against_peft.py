@@ -47,15 +47,15 @@ from lorax.formats.peft_directory import CONFIG, TENSORS
 from lorax.formats.places import Place, as_trained, needed_adapter, stated_base
 from lorax.formats.safetensors_files import read_file, read_metadata
 from lorax.models import Model
+from lorax.parity import causes
+from lorax.parity.compare import NESTED_BOUND, compare
+from lorax.parity.difference import EXACT, NESTED, difference
+from lorax.parity.report import FINGERPRINT, Check, Report
+from lorax.parity.rows import batch, random_batch
+from lorax.parity.sides import LoraxSide, PeftSide, packed_by_bitsandbytes
 from lorax.quant.double import NestedScales, dequantize_scales
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.nf4 import FORMATS, FourBitTensor
-from lorax.verify import causes
-from lorax.verify.compare import NESTED_BOUND, compare
-from lorax.verify.difference import EXACT, NESTED, difference
-from lorax.verify.report import FINGERPRINT, Check, Report
-from lorax.verify.rows import batch, random_batch
-from lorax.verify.sides import LoraxSide, PeftSide, packed_by_bitsandbytes
 
 DTYPE = torch.float32
 

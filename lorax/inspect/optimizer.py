@@ -16,6 +16,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from lorax.errors import EnvironmentProblem, FormatError
 from lorax.formats.json_files import parse_json
 from lorax.formats.optimizer_files import StateTensor, find_optimizer_state, read_state_header
@@ -173,3 +175,35 @@ def add_up(lines: Iterable[dict[str, Any]]) -> PagingCounters:
 def to_json(report: OptimizerReport) -> str:
     """Everything, as one JSON object."""
     return json.dumps(report.as_dict())
+
+
+def parts(report: OptimizerReport) -> Iterator[str | Table]:
+    """The report for a terminal: lines and tables, in order."""
+    if report.optimizer is not None:
+        yield f"optimizer  {report.optimizer}, after step {report.steps or 0}"
+    yield f"state      {report.state_file or 'none is saved; a checkpoint would hold it'}"
+    if report.state:
+        yield _state_table(report)
+    yield report.verdict
+    if report.paging is not None:
+        yield _paging_table(report.paging)
+
+
+def _state_table(report: OptimizerReport) -> Table:
+    made = Table("state", "dtype", "tensors", "values", "bytes", "bytes a parameter")
+    count = max(report.parameters, 1)
+    for part in report.state:
+        cells = [f"{number:,}" for number in (part.tensors, part.values, part.nbytes)]
+        made.add_row(part.name, part.dtype, *cells, f"{part.nbytes / count:.3f}")
+    total = report.state_bytes
+    made.add_row("total", "", "", "", f"{total:,}", f"{total / count:.3f}")
+    return made
+
+
+def _paging_table(paging: PagingCounters) -> Table:
+    made = Table("paging", "")
+    made.add_row("bytes managed", f"{paging.managed_bytes:,}")
+    made.add_row("bytes prefetched in", f"{paging.prefetched_in_bytes:,}")
+    made.add_row("bytes prefetched out", f"{paging.prefetched_out_bytes:,}")
+    made.add_row("seconds waited", f"{paging.waited_seconds:.3f}")
+    return made

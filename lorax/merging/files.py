@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lorax.adapters.inject import adapter_layers
 from lorax.adapters.merge import unload_adapter
-from lorax.adapters.residual import attach_residual
 from lorax.data.tokenizer import Tokenizer
 from lorax.formats.directory import written_directory
 from lorax.formats.huggingface import save_model
 from lorax.formats.peft import save_adapter
+from lorax.merging.residual import attach_residual
 from lorax.models import Model
 
 RESIDUAL = "residual"

@@ -3,7 +3,7 @@
 Two measures, both against the unmerged adapter over the base that it was trained over, in float32:
 
 - by layer, ||written - exact|| / ||effect||: the share of the adapter's own change of the weights
-  that the route loses (lorax/adapters/routes.py). It needs no text.
+  that the route loses (routes.py). It needs no text.
 - in all, on real text: KL(unmerged || merged), the mean over the tokens in nats, and how far the
   logits move, as a share of how far the adapter itself moves them.
 
@@ -34,17 +34,7 @@ from lorax.adapters.inject import (
     embedding_weight,
     require_adapter,
 )
-from lorax.adapters.merge import gained_biases, take_route
-from lorax.adapters.routes import (
-    DTYPES,
-    LayerCost,
-    Original,
-    Route,
-    RoutedLayer,
-    decode_to_float32,
-    on_route,
-    route_layer,
-)
+from lorax.adapters.merge import gained_biases
 from lorax.data.docstrings import HELD_OUT_MODULES, QUESTION, pairs
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
@@ -53,14 +43,25 @@ from lorax.formats import bitsandbytes
 from lorax.formats.directory import check_free
 from lorax.formats.huggingface import ModelFiles, open_model_files
 from lorax.formats.json_files import read_json
-from lorax.formats.merged_model import write_merged
 from lorax.formats.open_model import open_model
 from lorax.formats.peft_directory import CONFIG
 from lorax.formats.places import Place, as_trained, find_place
+from lorax.merging.costs import Report, RouteCost, distance, logits_cost
+from lorax.merging.files import write_merged
+from lorax.merging.routes import (
+    DTYPES,
+    LayerCost,
+    Original,
+    Route,
+    RoutedLayer,
+    decode_to_float32,
+    on_route,
+    route_layer,
+    take_route,
+)
 from lorax.models import Model
 from lorax.quant import nf4
 from lorax.quant.linear import QuantizedLinear
-from lorax.verify.merge_costs import Report, RouteCost, distance, logits_cost
 
 TOKENS = 1024
 ROW_TOKENS = 128

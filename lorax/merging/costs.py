@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorax.adapters.routes import (
+from lorax.merging.routes import (
     LayerCost,
     Route,
 )

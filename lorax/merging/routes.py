@@ -22,7 +22,6 @@ holds more than one layer's weights beside the model.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
@@ -32,10 +31,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.inject import adapter_layers, replace_module
+from lorax.adapters.inject import adapter_layers, replace_module, require_adapter
 from lorax.adapters.layer import AdapterLayer
-from lorax.adapters.residual import truncated_svd
+from lorax.adapters.merge import (
+    check_finite,
+    comparison_dtype,
+    effect_of,
+    frobenius,
+    rounded_layer,
+    unload_adapter,
+)
 from lorax.errors import UsageError
+from lorax.merging.residual import truncated_svd
 from lorax.quant import nf4
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.nf4 import FourBitTensor
@@ -144,11 +151,9 @@ def route_layer(
     """
     adapted = layer if isinstance(layer, AdapterLayer) else _Unadapted(layer)
     quantizes = route.quantizes(name, adapted.base_layer)
-    # One rounding to float32 is measured against float64; what loses more, against float32.
-    wide = torch.float32 if quantizes or route.dtype != torch.float32 else torch.float64
+    wide = torch.float32 if quantizes else comparison_dtype(route.dtype)
     exact = adapted.effective_weight(wide)
-    effect = _effect(adapted, exact)
-    bias = adapted.effective_bias()
+    effect = effect_of(adapted, exact)
     aim = exact
     if route.original and isinstance(adapted.base_layer, QuantizedLinear):
         assert original is not None
@@ -157,35 +162,23 @@ def route_layer(
     elif wide != torch.float32:
         aim = adapted.effective_weight()
     if not quantizes:
-        module = _dense(adapted.base_layer, aim.to(route.dtype), bias)
-        lost = _norm(module.weight.to(wide) - exact)  # type: ignore[operator]
+        module, lost = rounded_layer(adapted, aim, exact, route.dtype)
         return RoutedLayer(module, LayerCost(lost, effect))
     assert route.format is not None
     weight = nf4.quantize(aim, route.format, name=f"{name}.weight")
     weight = dataclasses.replace(weight, dtype=route.dtype)
+    bias = adapted.effective_bias()
     linear = QuantizedLinear(weight, None if bias is None else bias.detach().to(route.dtype))
     missing = exact - weight.dequantize(torch.float32)
     return _with_residual(linear.eval(), missing, effect, route.residual_rank)
 
 
-def _effect(layer: AdapterLayer, exact: Tensor) -> float:
-    """||exact - W||; 0 where that is only the rounding of a layer that starts at W up to rounding.
-
-    DoRA's magnitudes are float32 norms, each right to about a last place.
-    """
-    base = layer.base_weight().to(exact)
-    effect = _norm(exact - base)
-    a_place = torch.finfo(torch.float32).eps
-    nothing = not layer.starts_exact and effect <= a_place * _norm(base)
-    return 0.0 if nothing else effect
-
-
 def _with_residual(module: nn.Module, missing: Tensor, effect: float, rank: int) -> RoutedLayer:
-    lost = _norm(missing)
+    lost = frobenius(missing)
     if not rank:
         return RoutedLayer(module, LayerCost(lost, effect))
     A, B = truncated_svd(missing, rank)
-    rest = _norm(missing - B @ A)
+    rest = frobenius(missing - B @ A)
     captured = 1 - (rest / lost) ** 2 if lost else 1.0
     return RoutedLayer(module, LayerCost(rest, effect, captured), (A, B))
 
@@ -212,24 +205,6 @@ def _over(layer: AdapterLayer, weight: Tensor) -> Iterator[None]:
         layer.base_layer = base
 
 
-def _dense(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A module like `base`, frozen, with this weight and bias; the bias in the weight's dtype."""
-    if isinstance(base, QuantizedLinear):
-        module: nn.Module = nn.Linear(base.in_features, base.out_features, False, device="meta")
-    else:
-        module = copy.copy(base)
-        module._parameters = dict(base._parameters)
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        module.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
-    return module.eval()
-
-
-def _norm(x: Tensor) -> float:
-    """The Frobenius norm, accumulated in float64."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64).item()
-
-
 def decode_to_float32(model: nn.Module) -> None:
     """Let quantized bases give their weights in float32, so that a route rounds once, not twice."""
     for module in model.modules():
@@ -254,6 +229,49 @@ def routed_modules(model: nn.Module, route: Route) -> dict[str, nn.Module]:
         if is_tied or (is_linear and route.changes(name, module)):
             found[name] = module
     return found
+
+
+def take_route(
+    model: nn.Module, route: Route, original: Original | None = None
+) -> tuple[dict[str, LayerCost], dict[str, tuple[Tensor, Tensor]]]:
+    """Merge the adapter by this route and take its modules out, in place, layer by layer.
+
+    Args:
+        model: with an adapter.
+        route: the route; all that is dense comes out in its dtype.
+        original: where the weights from before quantization are; for the routes that want them.
+
+    Returns:
+        What each adapted layer lost, and the residuals (A, B), both by path.
+
+    Raises:
+        AdapterError: there is no adapter, or it is not finite. QuantizationError: a merged weight
+            is not finite, and the model is then merged in part.
+    """
+    check_finite(model)
+    costs: dict[str, LayerCost] = {}
+    residuals: dict[str, tuple[Tensor, Tensor]] = {}
+    adapted = set(require_adapter(model))
+    others = [name for name in routed_modules(model, route) if name not in adapted]
+
+    def merged(name: str, layer: nn.Module) -> tuple[nn.Module, float]:
+        routed = route_layer(name, layer, route, original)
+        if routed.residual is not None:
+            residuals[name] = routed.residual
+        costs[name] = routed.cost
+        return routed.module, routed.cost.share
+
+    for name in others:
+        replace_module(model, name, merged(name, model.get_submodule(name))[0])
+        del costs[name]
+    unload_adapter(model, merge=True, how=merged)
+    model.to(route.dtype)
+    for module in model.modules():  # those that stay quantized are decoded to that dtype too
+        if isinstance(module, QuantizedLinear):
+            module.dtype = route.dtype
+            if isinstance(module.quantized, FourBitTensor):
+                module.quantized = dataclasses.replace(module.quantized, dtype=route.dtype)
+    return costs, residuals
 
 
 class _OnTheWay(nn.Module):

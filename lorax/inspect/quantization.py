@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from lorax.formats.huggingface import load_model, quantizable
@@ -134,6 +135,44 @@ def _total(group: list[TensorError]) -> Total:
     )
 
 
+def table(errors: Sequence[TensorError]) -> Table:
+    """A line for each format and block size, with the row that comes off worst in it."""
+    made = Table(
+        "format", "block", "bits", "MB", "mean error", "RMS error", "fallbacks", "worst row"
+    )
+    for total in totals(errors):
+        worst = max(_of(total, errors), key=lambda error: error.worst_rows[0][1])
+        row, error = worst.worst_rows[0]
+        made.add_row(
+            total.format,
+            str(total.block_size),
+            f"{total.bits:.3f}",
+            f"{total.nbytes / 1e6:.1f}",
+            f"{total.mean_error:.3e}",
+            f"{100 * total.relative_rms:.2f} %",
+            str(total.fallbacks),
+            f"{100 * error:.1f} % {worst.name} [{row}]",
+        )
+    return made
+
+
+def lines(errors: Sequence[TensorError]) -> list[str]:
+    """A line for each tensor in each format and block size."""
+    found = []
+    for e in errors:
+        rows = ", ".join(f"{row}: {100 * error:.1f} %" for row, error in e.worst_rows)
+        found.append(
+            f"{e.name}  {e.format}/{e.block_size}  {e.bits:.3f} bits  mean {e.mean_error:.3e}  "
+            f"RMS {100 * e.relative_rms:.2f} %  worst rows {rows}"
+        )
+    return found
+
+
+def _of(total: Total, errors: Sequence[TensorError]) -> list[TensorError]:
+    case = (total.format, total.block_size)
+    return [error for error in errors if (error.format, error.block_size) == case]
+
+
 def to_json(errors: Sequence[TensorError]) -> str:
     """Everything, as one JSON object: {"totals": [...], "tensors": [...]}."""
     tensors = [{**asdict(error), "bits": error.bits} for error in errors]
@@ -149,11 +188,7 @@ def plot(errors: Sequence[TensorError], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for total in totals(errors):
-        mine = [
-            100 * e.relative_rms
-            for e in errors
-            if (e.format, e.block_size) == (total.format, total.block_size)
-        ]
+        mine = [100 * e.relative_rms for e in _of(total, errors)]
         label = f"{total.format}, blocks of {total.block_size}: {total.bits:.3f} bits"
         style = ".--" if total.format.endswith("-dq") else ".-"
         axes.plot(range(len(mine)), mine, style, lw=0.8, ms=3, label=label)

@@ -7,6 +7,8 @@ import math
 import os
 from dataclasses import asdict
 
+from rich.table import Table
+
 from lorax.adapters.algebra import Adapter, Size, sizes
 from lorax.errors import AdapterError
 from lorax.formats.adapter_data import read_adapter
@@ -39,6 +41,20 @@ def to_json(found: list[Size]) -> str:
         for size in found
     ]
     return json.dumps({"layers": rows[:-1], "all": rows[-1]})
+
+
+def table(found: list[Size]) -> Table:
+    """A line for each layer, and the whole adapter last; the angles, if there are any."""
+    columns = ["layer", "r", "Frobenius", "spectral", "eff. rank"]
+    columns += ["degrees"] if any(size.angle is not None for size in found) else []
+    made = Table(*columns, box=None)  # room for long paths
+    for size in found:
+        row = [size.layer, str(size.rank), f"{size.frobenius:.4g}", f"{size.spectral:.4g}"]
+        row.append(f"{size.effective_rank:.2f}")
+        if size.angle is not None:
+            row.append(f"{size.angle:.2f}")
+        made.add_row(*row)
+    return made
 
 
 def _is_nan(value: object) -> bool:

@@ -1,0 +1,1 @@
+"""Lorax held against PEFT over transformers, part by part: `lorax verify`."""

@@ -1,0 +1,284 @@
+"""Faults to plant, each a line changed, which the tests named beside it must notice.
+
+Each is something that a person could write and that a reader could miss. `run.py` plants them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One line changed.
+
+    files: a path, or a pattern of paths; `old` is found exactly once in all of them together.
+    old, new: a part of one line, and what takes its place.
+    why: what would go wrong. tests: arguments for pytest, a file and perhaps -k.
+    """
+
+    files: str
+    old: str
+    new: str
+    why: str
+    tests: str
+
+
+TRAINER = "tests/test_training_against_trainer.py -k"
+ONCE = "tests/test_once_unnoticed.py"
+LOOP = "lorax/training/*.py"
+SCHEDULE = "lorax/training/schedule.py"
+BATCHES = "lorax/data/batches.py"
+EXAMPLES = "lorax/data/examples.py"
+GENERATE = "lorax/inference/*.py"
+CONFIG = "lorax/adapters/config.py"
+MERGE = "lorax/adapters/*.py"
+ROUTES = "lorax/merging/routes.py"
+COSTS = "lorax/merging/costs.py"
+LLAMA = "lorax/models/*.py"
+GPT2 = "lorax/models/*.py"
+FORMATS = "lorax/formats/*.py"
+LABORATORY = "tests/test_merge_laboratory.py"
+MODELS = "tests/test_models.py"
+
+TRAINING_FAULTS = [
+    Fault(LOOP, "step - 1, ", "step, ",
+          "the learning rate is a step off", f"{TRAINER} cosine"),
+    Fault(LOOP, "optimizer.zero_grad()", "pass",
+          "gradients of all steps add up", f"{TRAINER} cosine"),
+    Fault(LOOP, 'if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):',
+          'if math.isfinite(line["loss"]):',
+          "a NaN in the gradient alone is stepped with", f"{ONCE} -k gradient"),
+    Fault(LOOP, "max_norm or math.inf", "max_norm",
+          "max_grad_norm = 0 zeroes the gradients", f"{TRAINER} no"),
+    Fault(LOOP, "summed_loss(model, batch.input_ids, batch.labels) / step_tokens",
+          "summed_loss(model, batch.input_ids, batch.labels) / (batch.labels != -100).sum()",
+          "a mean of means", f"{TRAINER} cosine"),
+    Fault(LOOP, "= base * factor", "= base",
+          "the schedule is not applied", f"{TRAINER} linear"),
+    Fault(LOOP, "max_norm or math.inf", "math.inf", "nothing is clipped", f"{TRAINER} clipping"),
+    Fault(LOOP, "model.train()", "model.eval()", "no dropout in training",
+          f"{ONCE} -k dropout"),
+    Fault(SCHEDULE, "math.ceil(recipe.train.epochs * math.ceil(rows / recipe.train.batch_size))",
+          "math.ceil(recipe.train.epochs) * math.ceil(rows / recipe.train.batch_size)",
+          "fractional epochs are rounded up", f"{TRAINER} part"),
+    Fault(SCHEDULE, "return (step + 1) / (warmup + 1)", "return step / warmup",
+          "the first step does nothing", f"{TRAINER} warm"),
+    Fault(SCHEDULE, "return math.ceil(total * ratio)", "return int(total * ratio)",
+          "a warm-up that is a step short", f"{TRAINER} warm"),
+    Fault(SCHEDULE, "progress = (step - warmup) / max(1, total - warmup)",
+          "progress = step / total", "the cosine begins in the warm-up", f"{TRAINER} warm"),
+    Fault(SCHEDULE, "return max(0.0, (total - step) / max(1, total - warmup))",
+          "return max(0.0, (total - step) / total)", "the line's slope is another",
+          f"{TRAINER} linear"),
+    Fault("lorax/training/optimizers.py", "betas=(settings.adam_beta1, settings.adam_beta2)",
+          "betas=(settings.adam_beta1, 0.999)", "adam_beta2 is not read", f"{TRAINER} betas"),
+    Fault("lorax/training/optimizers.py", "eps=settings.adam_epsilon", "eps=1e-8",
+          "adam_epsilon is not read", f"{TRAINER} cosine"),
+    Fault("lorax/training/optimizers.py", "group[\"lr\"] = base * factor",
+          "group[\"lr\"] *= factor", "rates multiply from step to step", f"{TRAINER} linear"),
+    Fault("lorax/training/loss.py", "counted = targets != -100", "counted = targets != -1",
+          "masked tokens are trained", f"{TRAINER} cosine"),
+    Fault("lorax/training/loss.py", "targets = labels[:, 1:]", "targets = labels[:, :-1]",
+          "each token predicts itself", f"{TRAINER} cosine"),
+    Fault("lorax/training/loss.py", "gradient * gradients[0], None, None",
+          "gradient, None, None", "the loss's factor is lost", f"{TRAINER} cosine"),
+    Fault("lorax/training/evaluate.py", "model.train(was_training)", "pass",
+          "an evaluation ends the dropout", "tests/test_training.py -k disturb"),
+    Fault("lorax/training/evaluate.py", "model.eval()", "pass",
+          "evaluations with dropout", f"{ONCE} -k dropout"),
+    Fault(BATCHES, "random.Random(f\"{seed} {epoch}\")", "random.Random(f\"{seed}\")",
+          "each epoch in one order", f"{ONCE} -k order"),
+    Fault(BATCHES, "if not shuffle:", "if shuffle:", "shuffles where it should not",
+          f"{ONCE} -k order"),
+    Fault(BATCHES, "labels = torch.full((len(rows), width), IGNORED",
+          "labels = torch.full((len(rows), width), pad_id", "padding is trained",
+          f"{TRAINER} cosine"),
+]  # fmt: skip
+
+INFERENCE_FAULTS = [
+    Fault(GENERATE, "probabilities[before >= top_p] = 0.0",
+          "probabilities[1:][(before + probabilities)[1:] > top_p] = 0.0",
+          "the token that crosses top_p is dropped", f"{ONCE} -k top_p"),
+    Fault(GENERATE, "min(max_new_tokens, room)", "max_new_tokens",
+          "generation runs past the model's positions", f"{ONCE} -k room"),
+    Fault(GENERATE, "(logits / temperature)", "(logits * temperature)",
+          "temperature works the wrong way round", f"{ONCE} -k temperature"),
+    Fault(GENERATE, "if token in tokenizer.end_token_ids:",
+          "if token == tokenizer.eos_token_id:", "only one end token ends", f"{ONCE} -k end"),
+    Fault(GENERATE, "model.train(was_training)", "pass", "generating leaves eval mode",
+          f"{ONCE} -k mode"),
+    Fault("lorax/models/attention.py", ".tril(S - T)", ".tril()",
+          "with a cache the mask is another", MODELS + " -k cache"),
+    Fault("lorax/models/attention.py", "self.length += tokens", "self.length = tokens",
+          "the cache forgets its length", MODELS + " -k cache"),
+]  # fmt: skip
+
+MODEL_FAULTS = [
+    Fault(LLAMA, "torch.cat([-second, first], dim=-1)", "torch.cat([second, -first], dim=-1)",
+          "rotations the other way", MODELS + " -k llama"),
+    Fault(LLAMA, "return self.weight * x32.to(x.dtype)", "return (self.weight * x32).to(x.dtype)",
+          "the norm is rounded at another place in 16 bits", f"{ONCE} -k norm"),
+    Fault(LLAMA, "/ config.rope_theta**exponents / config.rope_factor",
+          "/ config.rope_theta**exponents", "linear rope scaling is ignored",
+          MODELS + " -k rope"),
+    Fault(LLAMA, "(self.gate_proj(x)) * self.up_proj(x)",
+          "(self.up_proj(x)) * self.gate_proj(x)", "gate and up are swapped",
+          MODELS + " -k llama"),
+    Fault(LLAMA, "keep * frequencies + (1 - keep) * frequencies / scaling.factor",
+          "(1 - keep) * frequencies + keep * frequencies / scaling.factor",
+          "llama3's rope the other way", MODELS + " -k rope"),
+    Fault(GPT2, 'approximate="tanh"', 'approximate="none"', "the exact gelu, not GPT-2's",
+          MODELS + " -k gpt2"),
+    Fault(GPT2, "eps=config.layer_norm_epsilon)\n        self.attn",
+          "eps=1e-3)\n        self.attn", "a norm's epsilon is another", MODELS + " -k gpt2"),
+    Fault(FORMATS, 'found.get("dtype") or found.get("torch_dtype")',
+          'found.get("torch_dtype")', "transformers 5's word for the dtype is not read",
+          MODELS + " -k dtype"),
+]  # fmt: skip
+
+ADAPTER_FAULTS = [
+    Fault("lorax/adapters/layer.py", "if self.merged is not None:",
+          "if self.merged is not None and not self.training:",
+          "merged weights are ignored in train mode", f"{ONCE} -k merged"),
+    Fault("lorax/adapters/layer.py", "if not self.enabled:", "if False:",
+          "disabled_adapter disables nothing", "tests/test_adapters.py"),
+    Fault(CONFIG, "alpha / math.sqrt(rank) if self.use_rslora", "alpha / rank if self.use_rslora",
+          "rsLoRA's scale is plain LoRA's", "tests/test_peft.py tests/test_adapters.py"),
+    Fault(CONFIG, "not 1 <= rank <= MAX_RANK", "not rank <= MAX_RANK", "rank 0 is taken",
+          "tests/test_adapters.py tests/test_recipe.py"),
+    Fault(CONFIG, 'name == pattern or name.endswith("." + pattern)', "name.endswith(pattern)",
+          "a name matches half a word", f"{ONCE} -k word"),
+    Fault(CONFIG, "if re.match(rf\"(.*\\.)?({key})$\", name):",
+          "if re.match(rf\".*{key}$\", name):", "a pattern matches half a word",
+          f"{ONCE} -k pattern"),
+    Fault(CONFIG, "if self.exclude_modules and _matches(self.exclude_modules, name):",
+          "if False:", "exclude_modules is ignored",
+          "tests/test_adapters.py tests/test_peft_extras.py"),
+    Fault("lorax/adapters/merge.py", "if any(layer.merged is not None for",
+          "if any(False for",
+          "merging twice is not refused", "tests/test_adapters.py"),
+    Fault(MERGE, "if not merge:", "if merge:", "unload merges, and the other way round",
+          "tests/test_adapters.py"),
+    Fault(MERGE, "if rounded_to == torch.float32 else torch.float32",
+          "if rounded_to == torch.float64 else torch.float32",
+          "a rounding to float32 is measured in float32, as nothing", f"{ONCE} -k rounding"),
+    Fault(ROUTES, 'return self.format is not None and is_linear and name != "lm_head"',
+          "return self.format is not None and is_linear", "the head is quantized", LABORATORY),
+    Fault(ROUTES, "model.to(route.dtype)", "pass", "norms keep another dtype", LABORATORY),
+    Fault(ROUTES, "return RoutedLayer(module, LayerCost(rest, effect, captured), (A, B))",
+          "return RoutedLayer(module, LayerCost(lost, effect, captured), (A, B))",
+          "the residual counts for nothing", LABORATORY),
+    Fault(COSTS, "(log_p.exp() * (log_p - log_q))", "(log_q.exp() * (log_q - log_p))",
+          "KL the other way round", LABORATORY + " -k kl"),
+    Fault(COSTS, "kl_worst=kl.max().item()", "kl_worst=kl.mean().item()", "the largest is the mean",
+          LABORATORY),
+    Fault("lorax/merging/residual.py", "B[:, :kept] = U[:, :kept] * root",
+          "B[:, :kept] = U[:, :kept]", "half of the residual's size is missing", LABORATORY),
+    Fault("lorax/merging/laboratory.py", "best = min(costs", "best = max(costs",
+          "the worst route is taken", LABORATORY),
+    Fault("lorax/adapters/dora.py", "torch.addcmul(u, scaled, more)",
+          "torch.addcmul(u, u, more)", "DoRA scales the bias too", "tests/test_dora.py"),
+    Fault("lorax/adapters/dora.py", "2 * scaling * mixed + scaling**2 * own",
+          "2 * scaling * mixed + scaling * own", "DoRA's norm is wrong for scales but 1",
+          "tests/test_dora.py"),
+    Fault("lorax/optim/lora_plus.py", "(fast, learning_rate * ratio)", "(fast, learning_rate)",
+          "LoRA+ is AdamW", "tests/test_optim_lora_plus.py"),
+]  # fmt: skip
+
+QUANT_FAULTS = [
+    Fault("lorax/quant/*.py", "scales.add_(nested.offset)", "scales",
+          "the nested scales' offset is lost", "tests/test_quant_nf4.py"),
+    Fault("lorax/quant/*.py", "MAX_RMS_GROWTH = 1.05", "MAX_RMS_GROWTH = 1e9",
+          "double quantization where it is not safe", "tests/test_quant_nf4.py"),
+    Fault("lorax/quant/*.py", "(pairs << 4).bitwise_or_(pairs >> 8)",
+          "(pairs & 15).bitwise_or_((pairs >> 8) << 4)", "nibbles are swapped",
+          "tests/test_golden_bitsandbytes.py"),
+    Fault("lorax/quant/*.py", "half.abs() >= threshold", "half.abs() > 1e9",
+          "no outlier is kept in 16 bits", "tests/test_quant_int8.py"),
+    Fault("lorax/quant/*.py", "codes.index_fill_(1, columns, 0)", "codes",
+          "outliers' columns count twice", "tests/test_quant_int8.py"),
+    Fault("lorax/quant/*.py", "(nibbles[0::2] << 4) | nibbles[1::2]",
+          "(nibbles[1::2] << 4) | nibbles[0::2]", "nibbles are swapped",
+          f"{ONCE} -k nibbles"),
+    Fault("lorax/quant/*.py", "smallest = -largest if symmetric else -largest - 1",
+          "smallest = -largest", "an affine code less", f"{ONCE} -k affine"),
+    Fault("lorax/optim/adamw.py", "step_size = hyper.lr / (1 - hyper.beta1**hyper.step)",
+          "step_size = hyper.lr", "no bias correction", "tests/test_optim_adamw.py"),
+    Fault("lorax/optim/adamw.py", "if hyper.maximize:", "if False:", "maximize minimizes",
+          "tests/test_optim_adamw.py"),
+    Fault("lorax/optim/adamw8bit.py", 'if parameter.numel() < group["min_8bit_size"]',
+          'if parameter.numel() > group["min_8bit_size"]', "small tensors in 8 bits, large in 32",
+          "tests/test_optim_8bit.py"),
+]  # fmt: skip
+
+FILE_FAULTS = [
+    Fault(FORMATS, "if name in self.home:", "if False:",
+          "one tensor in two shards is taken", f"{ONCE} -k shards"),
+    Fault(FORMATS,
+          "if self._pending and pending + size > self._max_shard_bytes:",
+          "if False:", "there is never a second shard", f"{MODELS} -k shard"),
+    Fault(FORMATS, "os.rename(temporary, target)",
+          "shutil.copytree(temporary, target, dirs_exist_ok=True)",
+          "a rename that is no rename: half a directory after a crash", f"{ONCE} -k rename"),
+    Fault(FORMATS, "if target.is_dir() and any(target.iterdir()):",
+          "if False:", "somebody's directory is written into", "tests/test_models.py"),
+    Fault("lorax/formats/huggingface.py", "files = open_model_files(path, revision)",
+          "files = open_model_files(path)", "the Hub's revision is dropped",
+          f"{ONCE} -k revision"),
+    Fault("lorax/training/loop.py", "load_tokenizer(settings.path, revision=settings.revision)",
+          "load_tokenizer(settings.path)", "the tokenizer is another revision's",
+          f"{ONCE} -k revision"),
+    Fault(FORMATS, "and quantizable(module_name, module):", "and True:",
+          "what must stay dense is quantized", "tests/test_loading_memory.py " + MODELS),
+    Fault(FORMATS, "_check_tied(tensor, embedding, theirs)", "pass",
+          "a head that differs is dropped without a word", MODELS + " -k tied"),
+    Fault(FORMATS, 'in ("generation_config.json", "config.json"):',
+          'in ("generation_config.json",):', "config.json's eos_token_id is not read",
+          f"{ONCE} -k config_json"),
+    Fault(FORMATS, "parameter.requires_grad_(wanted)", "pass",
+          "a failed load leaves the model frozen", f"{ONCE} -k failed_load"),
+    Fault("lorax/formats/peft.py", 'raise AdapterError(f"{where}: {name} is not finite")', "pass",
+          "NaN in an adapter is loaded", "tests/test_peft.py tests/test_mismatch.py"),
+    Fault(FORMATS, "if missing or unexpected:", "if missing:",
+          "a tensor without a place is ignored", "tests/test_peft.py"),
+    Fault(FORMATS, 'if digest is not None and digest != stated["sha256"]:',
+          "if False:", "an adapter of another base is loaded", "tests/test_fingerprint.py"),
+    Fault(FORMATS, "if len(below) > 1:", "if False:",
+          "one of several adapters is taken", "tests/test_peft.py tests/test_peft_extras.py"),
+    Fault("lorax/data/templates.py", "if not selector.select(MAX_SECONDS):",
+          "if not selector.select():", "a template may run for ever", "tests/test_templates.py"),
+    Fault("lorax/data/template_worker.py", "ImmutableSandboxedEnvironment(", "Environment(",
+          "a template is no longer in the sandbox", "tests/test_templates.py"),
+    Fault("lorax/data/template_worker.py", "if size > MAX_OUTPUT_CHARACTERS:", "if False:",
+          "a template may write without end", "tests/test_templates.py"),
+    Fault(EXAMPLES, "and part[-1:] != end:", "and True:", "a second end token is trained",
+          "tests/test_examples.py"),
+    Fault(EXAMPLES, "ids = tokenizer.prefix + ids", "ids = [*ids]", "no bos token in front",
+          "tests/test_examples.py"),
+    Fault("lorax/data/tokenizer.py", "and ids[:2] == [bos, bos]:", "and False:",
+          "two bos tokens", f"{ONCE} -k bos"),
+]  # fmt: skip
+
+REPORT_FAULTS = [
+    Fault("lorax/parity/report.py",
+          "return bool(self.checks) and not self.refusals and all(c.holds for c in self.checks)",
+          "return not self.refusals and all(c.holds for c in self.checks)",
+          "nothing compared holds", f"{ONCE} -k report"),
+    Fault("lorax/parity/report.py", "or 0 < self.bound >= self.difference.relative",
+          "or self.bound >= 0", "every difference holds", f"{ONCE} -k report"),
+    Fault("lorax/parity/difference.py", "if not gap.isfinite().all():", "if False:",
+          "a NaN is no difference", f"{ONCE} -k difference"),
+    Fault("lorax/parity/difference.py", "mine.dtype == theirs.dtype and torch.equal(",
+          "torch.equal(", "values of another dtype are equal", f"{ONCE} -k difference"),
+    Fault("lorax/inspect/quantization.py", "return 8 * self.nbytes / self.weights",
+          "return self.nbytes / self.weights", "bytes are called bits", "tests/test_inspect.py"),
+    Fault("lorax/inspect/optimizer.py", "before = 0 if resumed else getattr(last, name)",
+          "before = getattr(last, name)", "a resume counts negative",
+          "tests/test_inspect_optimizer.py"),
+    Fault("lorax/cli.py", "if not report.holds:", "if False:", "verify always exits with 0",
+          "tests/test_verify.py -k json_has"),
+]  # fmt: skip
+
+FAULTS = [
+    *TRAINING_FAULTS, *INFERENCE_FAULTS, *MODEL_FAULTS, *ADAPTER_FAULTS, *QUANT_FAULTS,
+    *FILE_FAULTS, *REPORT_FAULTS,
+]  # fmt: skip
