@@ -7,7 +7,7 @@ is used, so that `lorax --help` answers at once and nobody pays for torch who do
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lorax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lorax.adapters.adalora_config import AdaLoRAConfig as AdaLoRAConfig

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorax import __version__
 from lorax.errors import LoraxError, UsageError
+from lorax.version import __version__
 
 if TYPE_CHECKING:
     from lorax.data.tokenizer import Tokenizer

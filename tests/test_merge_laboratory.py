@@ -30,6 +30,7 @@ from lorax.adapters.residual import truncated_svd
 from lorax.adapters.routes import Route, route_layer
 from lorax.errors import AdapterError, UsageError
 from lorax.formats.tokenizer_files import write_tokenizer
+from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
 from lorax.training.loss import summed_loss
 from lorax.verify import merging
@@ -206,15 +207,15 @@ def logits64(lab, merged_by=None):
         for name, (A, B) in residuals.items():
             module = lab.model.get_submodule(name)
             dense = written(module) + B.double() @ A.double()
-            lorax.adapters.inject.replace_module(lab.model, name, linear64(module, dense))
+            replace_module(lab.model, name, linear64(module, dense))
     else:
         for name, layer in adapter_layers(lab.model).items():
             dense = linear64(layer.base_layer, sum(weight64(layer)))
-            lorax.adapters.inject.replace_module(lab.model, name, dense)
+            replace_module(lab.model, name, dense)
     for name, module in list(lab.model.named_modules()):
         if isinstance(module, QuantizedLinear):
             dense = linear64(module, written(module))
-            lorax.adapters.inject.replace_module(lab.model, name, dense)
+            replace_module(lab.model, name, dense)
     return lab.model.double()(text())
 
 

@@ -15,8 +15,8 @@ from oracles import gpt2, llama, tokens
 from torch import nn
 
 import lorax
-from lorax.adapters.inject import replace_module
 from lorax.errors import QuantizationError, UsageError
+from lorax.models.replace import replace_module
 from lorax.quant import affine, blockwise, formats, llm_int8
 from lorax.quant.linear import QuantizedLinear
 from lorax.training.recipe import Quantization

@@ -32,10 +32,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.inject import adapter_layers, replace_module
+from lorax.adapters.inject import adapter_layers
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.residual import truncated_svd
 from lorax.errors import UsageError
+from lorax.models.replace import replace_module
 from lorax.quant import nf4
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.nf4 import FourBitTensor

@@ -38,13 +38,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorax import __version__
 from lorax.errors import AdapterError, EnvironmentProblem, FormatError, LoraxError
 from lorax.formats.bitsandbytes import QuantizedFiles
 from lorax.formats.gguf_files import GGUFFile
 from lorax.formats.huggingface import ModelFiles, find_model, open_model_files
 from lorax.formats.json_files import parse_json
 from lorax.quant.linear import QuantizedLinear
+from lorax.version import __version__
 
 log = logging.getLogger(__name__)
 

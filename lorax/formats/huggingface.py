@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.inject import replace_module
 from lorax.adapters.layer import AdapterLayer
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import (
@@ -44,6 +43,7 @@ from lorax.formats.safetensors_files import (
 )
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
+from lorax.models.replace import replace_module
 from lorax.quant.formats import check_request, quantize
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.tensor import QuantizedTensor
