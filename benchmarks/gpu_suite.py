@@ -162,8 +162,9 @@ def make_weight(N: int, K: int) -> Any:
     from lorax.kernels.quantize import quantize_4bit, quantize_8bit
     from lorax.kernels.weight import PackedWeight
     from lorax.quant import codebooks
+    from lorax.quant.dynamic_map import dynamic_map
 
-    code, dynamic = codebooks.nf4().cuda(), codebooks.dynamic_map().cuda()
+    code, dynamic = codebooks.four_bit("nf4").cuda(), dynamic_map().cuda()
     packed, absmax = quantize_4bit(torch.randn(N, K, device="cuda"), code, 64)
     offset = absmax.mean()
     codes, second = quantize_8bit(absmax - offset, dynamic, 256)

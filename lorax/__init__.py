@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from lorax.formats.peft import load_adapter as load_adapter
     from lorax.formats.peft import save_adapter as save_adapter
     from lorax.inference.generate import generate as generate
-    from lorax.quant.formats import quantize as quantize
+    from lorax.quant.codebooks import register_codebook as register_codebook
+    from lorax.quant.quantize import quantize as quantize
     from lorax.quant.tensor import QuantizedTensor as QuantizedTensor
     from lorax.training.loop import train as train
     from lorax.training.recipe import Recipe as Recipe
@@ -43,7 +44,7 @@ _HOME = {
     "LoRAConfig": "lorax.adapters.config",
     "LoraxError": "lorax.errors",
     "PromptTuningConfig": "lorax.adapters.prompt_config",
-    "QuantizedTensor": "lorax.quant.tensor",
+    "QuantizedTensor": "lorax.quant.quantize",
     "RankAllocator": "lorax.adapters.rank_allocator",
     "Recipe": "lorax.training.recipe",
     "add_adapter": "lorax.adapters.inject",
@@ -56,8 +57,9 @@ _HOME = {
     "load_tokenizer": "lorax.formats.huggingface",
     "merge_adapter": "lorax.adapters.merge",
     "print_trainable_parameters": "lorax.adapters.inject",
-    "quantize": "lorax.quant.formats",
+    "quantize": "lorax.quant.quantize",
     "read_adapter": "lorax.formats.adapter_data",
+    "register_codebook": "lorax.quant.codebooks",
     "save_adapter": "lorax.formats.peft",
     "save_model": "lorax.formats.huggingface",
     "train": "lorax.training.loop",

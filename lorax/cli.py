@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorax.errors import LoraxError, UsageError
+from lorax.quant import codebooks, names
 from lorax.version import __version__
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ app = App(
 out = Console()
 err = Console(stderr=True)
 
+BITSANDBYTES_4BIT = names.listed(codebooks.formats(bitsandbytes=True))
 Quantization = Annotated[
     str | None,
     Parameter(
-        help="Quantize the base: nf4, nf4-dq, fp4, fp4-dq, int8 (LLM.int8), int8-symmetric, "
-        "int8-affine, int4-symmetric or int4-affine."
+        help=f"Quantize the base: {names.listed(names.formats())} (int8 is LLM.int8)."
     ),
 ]
 Dtype = Annotated[str, Parameter(help="auto, float32 or bfloat16.")]
@@ -211,7 +212,7 @@ def merge(
         ),
     ] = None,
     format: Annotated[
-        str | None, Parameter(help="A 4-bit output: nf4, nf4-dq, fp4 or fp4-dq.")
+        str | None, Parameter(help=f"A 4-bit output: {BITSANDBYTES_4BIT}.")
     ] = None,
     residual_rank: Annotated[
         int,
@@ -299,12 +300,7 @@ def inspect_quantization(
     *,
     format: Annotated[
         tuple[str, ...], Parameter(help="Formats to compare.", consume_multiple=True)
-    ] = (
-        "nf4",
-        "nf4-dq",
-        "fp4",
-        "fp4-dq",
-    ),
+    ] = codebooks.formats(),
     block_size: Annotated[
         tuple[int, ...], Parameter(help="Block sizes to compare.", consume_multiple=True)
     ] = (64,),
@@ -482,7 +478,7 @@ def verify(
         Path | None, Parameter(help="Another adapter's directory, which PEFT reads instead.")
     ] = None,
     quantization: Annotated[
-        str | None, Parameter(help="Quantize the base: nf4, nf4-dq, fp4 or fp4-dq.")
+        str | None, Parameter(help=f"Quantize the base: {BITSANDBYTES_4BIT}.")
     ] = None,
     text: Annotated[Path | None, Parameter(help="A text file to run through both.")] = None,
     tokens: Annotated[Positive, Parameter(help="How many of its tokens.")] = 128,
@@ -533,7 +529,9 @@ def quantize(
     output: Path,
     /,
     *,
-    format: Annotated[str, Parameter(help="nf4, nf4-dq, fp4, fp4-dq or int8.")] = "nf4-dq",
+    format: Annotated[
+        str, Parameter(help=f"{names.listed(names.bitsandbytes_formats())}.")
+    ] = "nf4-dq",
     block_size: Annotated[
         int | None, Parameter(help="Values that share a scale: 32 to 4096, by default 64.")
     ] = None,

@@ -32,9 +32,9 @@ from lorax.formats.huggingface import open_model_files
 from lorax.formats.quantize_model import quantize_model
 from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.models.replace import replace_module
+from lorax.quant.four_bit import FourBitTensor
+from lorax.quant.int8 import Int8Tensor
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.llm_int8 import Int8Tensor
-from lorax.quant.nf4 import FourBitTensor
 
 TINY = 1e-5
 KINDS = {"llama": llama, "gpt2": gpt2}

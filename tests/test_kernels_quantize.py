@@ -12,10 +12,10 @@ from kernel_testing import (
 
 from lorax.kernels import reference
 from lorax.kernels.quantize import TILE, quantize_4bit, quantize_8bit
-from lorax.quant import codebooks
-from lorax.quant.nf4 import quantize
+from lorax.quant.dynamic_map import dynamic_map
+from lorax.quant.four_bit import quantize
 
-DYNAMIC = codebooks.dynamic_map().to(DEVICE)
+DYNAMIC = dynamic_map().to(DEVICE)
 
 
 def rotated(dtypes, turn):

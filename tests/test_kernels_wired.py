@@ -8,8 +8,8 @@ from torch import nn
 import lorax
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
+from lorax.backend import backend
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.ops import backend
 from lorax.training.loss import head_loss
 
 FORMATS = ("nf4", "nf4-dq", "fp4-dq")

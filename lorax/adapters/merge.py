@@ -27,8 +27,8 @@ from lorax.adapters.replaced import forget, put_back
 from lorax.adapters.tokens import TokenRows, tie_merged
 from lorax.errors import AdapterError
 from lorax.models.replace import replace_module
+from lorax.quant.four_bit import FourBitTensor
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.nf4 import FourBitTensor
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from lorax.formats.safetensors_files import (
     by_module,
 )
 from lorax.models.gpt2 import GPT2
-from lorax.quant.formats import check_request, quantize
+from lorax.quant.quantize import check_request, quantize
 from lorax.quant.tensor import QuantizedTensor
 
 # What lies beside a model and belongs to its tokenizer or its way of generating.

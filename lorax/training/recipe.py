@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import PydanticCustomError
 
 from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.prompt_config import PromptTuningConfig
 from lorax.errors import AdapterError, RecipeError
+from lorax.quant import names
 
 
 class Section(BaseModel):
@@ -37,18 +39,16 @@ class Section(BaseModel):
     )
 
 
-# lorax.quant.formats.FORMATS, written out: recipes are checked without loading torch.
-Quantization = Literal[
-    "nf4",
-    "nf4-dq",
-    "fp4",
-    "fp4-dq",
-    "int8",
-    "int8-symmetric",
-    "int8-affine",
-    "int4-symmetric",
-    "int4-affine",
-]
+
+def _known_format(name: str) -> str:
+    """The name of a format, a registered codebook's included."""
+    if name not in names.formats():
+        expected = names.listed(tuple(map(repr, names.formats())))
+        raise PydanticCustomError("format", "Input should be {expected}", {"expected": expected})
+    return name
+
+
+Quantization = Annotated[str, AfterValidator(_known_format)]
 
 
 class ModelSection(Section):

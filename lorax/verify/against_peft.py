@@ -40,9 +40,10 @@ from lorax.formats.peft import load_adapter
 from lorax.formats.peft_directory import CONFIG, TENSORS, find_adapter
 from lorax.formats.safetensors_files import read_file, read_metadata
 from lorax.models import Model
+from lorax.quant import codebooks
 from lorax.quant.double import NestedScales, dequantize_scales
+from lorax.quant.four_bit import FourBitTensor
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.nf4 import FORMATS, FourBitTensor
 from lorax.verify import causes
 from lorax.verify.compare import NESTED_BOUND, compare
 from lorax.verify.difference import EXACT, NESTED, difference
@@ -88,8 +89,9 @@ def verify(
     """
     if against != "peft":
         raise UsageError(f"against {against!r} is unknown; expected peft")
-    if quantization is not None and quantization not in FORMATS:
-        raise UsageError(f"quantization {quantization!r}: expected {', '.join(FORMATS)}")
+    shared = codebooks.formats(bitsandbytes=True)
+    if quantization is not None and quantization not in shared:
+        raise UsageError(f"quantization {quantization!r}: expected {', '.join(shared)}")
     if tokens < 2:
         raise UsageError(f"tokens is {tokens}; expected at least 2")
     _require("peft", "transformers")

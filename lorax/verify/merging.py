@@ -57,8 +57,7 @@ from lorax.formats.open_model import open_model
 from lorax.formats.peft_directory import CONFIG, TENSORS, read_adapter_config
 from lorax.formats.safetensors_files import read_metadata
 from lorax.models import Model
-from lorax.quant import nf4
-from lorax.quant.formats import FORMATS
+from lorax.quant import codebooks, names
 from lorax.quant.linear import QuantizedLinear
 from lorax.verify.merge_costs import Report, RouteCost, distance, logits_cost
 
@@ -92,8 +91,9 @@ class Laboratory:
             UsageError: no such format, or a residual for a dense model.
         """
         if format is not None:
-            if format not in nf4.FORMATS:
-                raise UsageError(f"format {format!r}: expected one of {', '.join(nf4.FORMATS)}")
+            written = codebooks.formats(bitsandbytes=True)  # the layout that a 4-bit model takes
+            if format not in written:
+                raise UsageError(f"format {format!r}: expected one of {', '.join(written)}")
             return [Route(self.dtype, format=format, residual_rank=residual_rank)]
         if residual_rank:
             raise UsageError("--residual-rank goes with a 4-bit output: --format nf4-dq")
@@ -121,7 +121,7 @@ class Laboratory:
         if self.original is not None:
             wanted = dict.fromkeys((torch.float32, self.dtype))
             dense += [Route(dtype, original=True) for dtype in wanted]
-        mine = self.quantization if self.quantization in nf4.FORMATS else None
+        mine = self.quantization if self.quantization in codebooks.formats() else None
         formats = [mine] if mine else ["nf4", "nf4-dq"]
         rank = residual_rank or RESIDUAL_RANK
         left = Route(self.dtype, format=formats[-1], residual_rank=rank)
@@ -311,7 +311,7 @@ def trained_over(adapter: str) -> dict[str, str]:
     if (directory / TENSORS).is_file():
         mark = read_metadata(directory / TENSORS).get(fingerprint.KEY)
         stated = parse_json(mark, f"{directory / TENSORS}: {fingerprint.KEY}") if mark else {}
-        if stated.get("quantization") in FORMATS:
+        if stated.get("quantization") in names.formats():
             return {"quantization": stated["quantization"]}
     return {}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorax.formats.huggingface import load_model, quantizable
-from lorax.quant.formats import quantize
+from lorax.quant.quantize import quantize
 
 WORST_ROWS = 3
 
