@@ -39,9 +39,7 @@ err = Console(stderr=True)
 BITSANDBYTES_4BIT = names.listed(codebooks.formats(bitsandbytes=True))
 Quantization = Annotated[
     str | None,
-    Parameter(
-        help=f"Quantize the base: {names.listed(names.formats())} (int8 is LLM.int8)."
-    ),
+    Parameter(help=f"Quantize the base: {names.listed(names.formats())} (int8 is LLM.int8)."),
 ]
 Dtype = Annotated[str, Parameter(help="auto, float32 or bfloat16.")]
 Device = Annotated[str, Parameter(help="cpu or cuda.")]
@@ -211,9 +209,7 @@ def merge(
             "nf4-dq+r16 (the same, with a residual adapter of rank 16)."
         ),
     ] = None,
-    format: Annotated[
-        str | None, Parameter(help=f"A 4-bit output: {BITSANDBYTES_4BIT}.")
-    ] = None,
+    format: Annotated[str | None, Parameter(help=f"A 4-bit output: {BITSANDBYTES_4BIT}.")] = None,
     residual_rank: Annotated[
         int,
         Parameter(help="Keep what quantizing loses in an adapter of this rank, in OUT/residual."),
