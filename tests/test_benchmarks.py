@@ -145,7 +145,7 @@ def test_the_cpu_benchmark_has_all_four_in_one_run(monkeypatch):
         optimizers.check_bits(steps=1)
 
 
-def test_the_gpu_suite_measures_memory_with_the_device_to_itself(monkeypatch, gpu_suite):
+def test_the_gpu_suite_measures_memory_with_the_device_to_itself(monkeypatch, suite):
     """test_optim_gpu reads what the whole device has free: beside other processes that moves."""
     import io
     import subprocess as real
@@ -171,9 +171,9 @@ def test_the_gpu_suite_measures_memory_with_the_device_to_itself(monkeypatch, gp
         listing = "tests/test_kernels_ops.py::test_a\ntests/test_kernels_ops.py::test_b\n"
         return real.CompletedProcess(command, 0, listing if not names else "1 passed\n", "")
 
-    monkeypatch.setattr(gpu_suite.subprocess, "Popen", Process)
-    monkeypatch.setattr(gpu_suite.subprocess, "run", run)
+    monkeypatch.setattr(suite.subprocess, "Popen", Process)
+    monkeypatch.setattr(suite.subprocess, "run", run)
     monkeypatch.setattr("sys.stdout", io.StringIO())
-    assert gpu_suite.run_tests()["green"]
+    assert suite.run_tests()["green"]
     assert len(running) > 1
     assert alone == [0]

@@ -39,7 +39,6 @@ class Section(BaseModel):
     )
 
 
-
 def _known_format(name: str) -> str:
     """The name of a format, a registered codebook's included."""
     if name not in names.formats():
