@@ -118,12 +118,12 @@ def test_the_compiled_decoder_reads_the_table():
 
 
 def test_the_compiled_decoder_refuses_what_is_not_in_the_table(monkeypatch):
-    q = lorax.quantize(torch.randn(6, 128).bfloat16(), "sym4")
-    monkeypatch.delitem(codebooks.CODEBOOKS, "sym4")
+    q = lorax.quantize(torch.randn(6, 128).bfloat16(), "leaning4")
+    monkeypatch.delitem(codebooks.CODEBOOKS, "leaning4")
     codebooks.four_bit.cache_clear()
     with (
         backend("compiled"),
-        pytest.raises(QuantizationError, match=r"'sym4' is unknown.*register"),
+        pytest.raises(QuantizationError, match=r"'leaning4' is unknown.*register"),
     ):
         q.dequantize()
 
