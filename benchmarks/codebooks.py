@@ -30,6 +30,7 @@ from lorax.demo import smollm2_path
 from lorax.formats.huggingface import quantizable
 from lorax.quant import codebooks
 from lorax.quant.blockwise import dequantize_blockwise, quantize_blockwise
+from lorax.quant.nearest import midpoints
 from lorax.training.evaluate import evaluate
 
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -47,9 +48,9 @@ def lloyd_max(block_size: int, rounds: int = 200) -> Tensor:
     blocks = torch.randn(2**18 // block_size, block_size, generator=generator)
     y = (blocks / blocks.abs().amax(1, keepdim=True)).flatten().sort().values.double()
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), y.cumsum(0)])
-    code = codebooks.nf4().double().clone()
+    code = codebooks.four_bit("nf4").double().clone()
     for _ in range(rounds):
-        edges = torch.searchsorted(y, codebooks.midpoints(code), right=True)
+        edges = torch.searchsorted(y, midpoints(code), right=True)
         bounds = torch.cat([torch.tensor([0]), edges, torch.tensor([len(y)])])
         counts = bounds.diff()
         means = (sums[bounds[1:]] - sums[bounds[:-1]]) / counts.clamp_min(1)
@@ -60,8 +61,8 @@ def lloyd_max(block_size: int, rounds: int = 200) -> Tensor:
 
 def tables(block_size: int) -> dict[str, Tensor]:
     return {
-        "NF4": codebooks.nf4(),
-        "FP4": codebooks.fp4(),
+        "NF4": codebooks.four_bit("nf4"),
+        "FP4": codebooks.four_bit("fp4"),
         "INT4": torch.arange(-7, 8, dtype=torch.float32) / 7,
         "AF4": torch.tensor(AF4),
         "fitted": lloyd_max(block_size),

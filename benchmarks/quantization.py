@@ -23,7 +23,7 @@ import sides
 import torch
 
 import lorax
-from lorax.quant import ops
+from lorax import backend as switch
 from lorax.quant.linear import QuantizedLinear
 
 SIZE = 4096
@@ -57,7 +57,7 @@ def dequantizing(weight: torch.Tensor, backend: str = "auto") -> dict[str, float
     out, other = torch.empty_like(weight), torch.empty_like(weight)
     bare = bare_kernel(packed, state, other)
     bare()
-    with ops.backend(backend):
+    with switch.backend(backend):
         assert torch.equal(mine.dequantize(out=out.zero_()), other)
         assert torch.equal(out, bf.dequantize_4bit(packed, state))
         return interleaved(

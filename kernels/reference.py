@@ -1,7 +1,9 @@
 """The slow twins: what each kernel computes, in plain PyTorch, with the same signatures.
 
-This is what the kernels are tested against, and what runs on a machine without a GPU. It needs
-torch alone.
+They are the oracles that the kernels are tested against, written to be read and not to be fast.
+What lorax runs on a machine without a GPU lies elsewhere: `lorax/quant` decodes and quantizes in
+chunks, `lorax/optim` steps, `lorax/training/loss.py` sums the loss. An operator of torch.library
+that somebody calls with CPU tensors runs these. They need torch alone.
 """
 
 from __future__ import annotations
@@ -42,14 +44,10 @@ def search_tables(code: Tensor) -> tuple[Tensor, Tensor]:
     """What finds the nearest entry of `code` (k,), in any order: boundaries (k - 1,), order (k,).
 
     order[number of boundaries below y] is the code of the value nearest to y. Where two values are
-    equal (FP4's zeros) no y lies between their boundaries, so that the first code is taken.
+    equal (FP4's zeros), what lies above them takes the second code, as in bitsandbytes on a CPU.
     """
     ascending, order = code.sort(stable=True)
-    boundaries = (ascending[:-1] + ascending[1:]) / 2
-    same = torch.zeros_like(boundaries, dtype=torch.bool)
-    same[:-1] = ascending[:-2] == ascending[1:-1]
-    boundaries = torch.where(same, boundaries.roll(-1), boundaries)
-    return boundaries, order.to(torch.uint8)
+    return (ascending[:-1] + ascending[1:]) / 2, order.to(torch.uint8)
 
 
 def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

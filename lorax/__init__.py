@@ -7,7 +7,7 @@ is used, so that `lorax --help` answers at once and nobody pays for torch who do
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lorax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lorax.adapters.adalora_config import AdaLoRAConfig as AdaLoRAConfig
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from lorax.formats.peft import save_adapter as save_adapter
     from lorax.inference.generate import generate as generate
     from lorax.parity.against_peft import verify as verify
-    from lorax.quant.formats import quantize as quantize
+    from lorax.quant.codebooks import register_codebook as register_codebook
+    from lorax.quant.quantize import quantize as quantize
     from lorax.quant.tensor import QuantizedTensor as QuantizedTensor
     from lorax.training.loop import train as train
     from lorax.training.recipe import Recipe as Recipe
@@ -44,7 +45,7 @@ _HOME = {
     "LoRAConfig": "lorax.adapters.config",
     "LoraxError": "lorax.errors",
     "PromptTuningConfig": "lorax.adapters.prompt_config",
-    "QuantizedTensor": "lorax.quant.tensor",
+    "QuantizedTensor": "lorax.quant.quantize",
     "RankAllocator": "lorax.adapters.rank_allocator",
     "Recipe": "lorax.training.recipe",
     "add_adapter": "lorax.adapters.inject",
@@ -57,8 +58,9 @@ _HOME = {
     "load_tokenizer": "lorax.formats.huggingface",
     "merge_adapter": "lorax.adapters.merge",
     "print_trainable_parameters": "lorax.adapters.inject",
-    "quantize": "lorax.quant.formats",
+    "quantize": "lorax.quant.quantize",
     "read_adapter": "lorax.formats.adapter_data",
+    "register_codebook": "lorax.quant.codebooks",
     "save_adapter": "lorax.formats.peft",
     "save_model": "lorax.formats.huggingface",
     "train": "lorax.training.loop",

@@ -17,8 +17,9 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.text import Text
 
-from lorax import __version__
 from lorax.errors import LoraxError, UsageError, one_line
+from lorax.quant import codebooks, names
+from lorax.version import __version__
 
 if TYPE_CHECKING:
     from lorax.data.tokenizer import Tokenizer
@@ -40,12 +41,12 @@ def _path(_: Any, tokens: Any) -> Path:
 
 
 LocalPath = Annotated[Path, Parameter(converter=_path)]
+BITSANDBYTES_4BIT = names.listed(codebooks.formats(bitsandbytes=True))
 Quantization = Annotated[
     str | None,
     Parameter(
-        help="Quantize the base: nf4, nf4-dq, fp4, fp4-dq, int8 (LLM.int8), int8-symmetric, "
-        "int8-affine, int4-symmetric or int4-affine; none: plain weights. Without it, as the "
-        "adapter's run has it on record."
+        help=f"Quantize the base: {names.listed(names.formats())} (int8 is LLM.int8); none: plain "
+        "weights. Without it, as the adapter's run has it on record."
     ),
 ]
 Dtype = Annotated[
@@ -239,9 +240,7 @@ def merge(
             "nf4-dq+r16 (the same, with a residual adapter of rank 16)."
         ),
     ] = None,
-    format: Annotated[
-        str | None, Parameter(help="A 4-bit output: nf4, nf4-dq, fp4 or fp4-dq.")
-    ] = None,
+    format: Annotated[str | None, Parameter(help=f"A 4-bit output: {BITSANDBYTES_4BIT}.")] = None,
     residual_rank: Annotated[
         int,
         Parameter(help="Keep what quantizing loses in an adapter of this rank, in OUT/residual."),
@@ -334,12 +333,7 @@ def inspect_quantization(
     *,
     format: Annotated[
         tuple[str, ...], Parameter(help="Formats to compare.", consume_multiple=True)
-    ] = (
-        "nf4",
-        "nf4-dq",
-        "fp4",
-        "fp4-dq",
-    ),
+    ] = codebooks.formats(),
     block_size: Annotated[
         tuple[int, ...], Parameter(help="Block sizes to compare.", consume_multiple=True)
     ] = (64,),
@@ -473,7 +467,7 @@ def verify(
     quantization: Annotated[
         str | None,
         Parameter(
-            help="Quantize the base: nf4, nf4-dq, fp4 or fp4-dq; none: plain weights. Without it, "
+            help=f"Quantize the base: {BITSANDBYTES_4BIT}; none: plain weights. Without it, "
             "as the adapter's run has it on record."
         ),
     ] = None,
@@ -532,7 +526,9 @@ def quantize(
     output: LocalPath,
     /,
     *,
-    format: Annotated[str, Parameter(help="nf4, nf4-dq, fp4, fp4-dq or int8.")] = "nf4-dq",
+    format: Annotated[
+        str, Parameter(help=f"{names.listed(names.bitsandbytes_formats())}.")
+    ] = "nf4-dq",
     block_size: Annotated[
         int | None, Parameter(help="Values that share a scale: 32 to 4096, by default 64.")
     ] = None,

@@ -29,6 +29,7 @@ if importlib.util.find_spec("lorax.kernels") is None:  # a bare GPU machine: lor
 from lorax.kernels import launch, reference  # noqa: E402
 from lorax.kernels.weight import PackedWeight  # noqa: E402
 from lorax.quant import codebooks  # noqa: E402
+from lorax.quant.dynamic_map import dynamic_map  # noqa: E402
 
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
     import numpy as np
@@ -82,7 +83,7 @@ def fp4() -> torch.Tensor:
 
 
 def nf4() -> torch.Tensor:
-    return codebooks.nf4().to(DEVICE)
+    return codebooks.four_bit("nf4").to(DEVICE)
 
 
 class Guarded:
@@ -133,7 +134,7 @@ def make_weight(guard, shape, code=None, block_size=64, nested=True, seed=0) -> 
     tables = {}
     if nested:
         offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-        dynamic = codebooks.dynamic_map().to(DEVICE)
+        dynamic = dynamic_map().to(DEVICE)
         absmax, second = reference.quantize_8bit(absmax - offset, dynamic, 256)
         tables = {
             "nested_absmax": guard.copy(second),

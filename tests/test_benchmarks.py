@@ -143,3 +143,37 @@ def test_the_cpu_benchmark_has_all_four_in_one_run(monkeypatch):
     monkeypatch.setattr(optimizers, "AdamW", Off)
     with pytest.raises(SystemExit, match="not bit-equal to torch: nothing is timed"):
         optimizers.check_bits(steps=1)
+
+
+def test_the_gpu_suite_measures_memory_with_the_device_to_itself(monkeypatch, suite):
+    """test_optim_gpu reads what the whole device has free: beside other processes that moves."""
+    import io
+    import subprocess as real
+
+    running, finished, alone = [], [], []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command, **options):
+            assert not any("test_optim_gpu" in str(word) for word in command)
+            running.append(self)
+
+        def communicate(self):
+            finished.append(self)
+            return ("1 passed", None)
+
+    def run(command, **options):
+        names = [word for word in command if "test_optim_gpu" in str(word)]
+        if names:
+            assert "--collect-only" not in command
+            alone.append(len(running) - len(finished))
+        listing = "tests/test_kernels_ops.py::test_a\ntests/test_kernels_ops.py::test_b\n"
+        return real.CompletedProcess(command, 0, listing if not names else "1 passed\n", "")
+
+    monkeypatch.setattr(suite.subprocess, "Popen", Process)
+    monkeypatch.setattr(suite.subprocess, "run", run)
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert suite.run_tests()["green"]
+    assert len(running) > 1
+    assert alone == [0]

@@ -31,9 +31,10 @@ from lorax.formats import quantize_model as module_under_test
 from lorax.formats.huggingface import open_model_files
 from lorax.formats.quantize_model import quantize_model
 from lorax.formats.tokenizer_files import write_tokenizer
+from lorax.models.replace import replace_module
+from lorax.quant.four_bit import FourBitTensor
+from lorax.quant.int8 import Int8Tensor
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.llm_int8 import Int8Tensor
-from lorax.quant.nf4 import FourBitTensor
 
 TINY = 1e-5
 KINDS = {"llama": llama, "gpt2": gpt2}
@@ -109,7 +110,7 @@ def densified(model):
     """The model with every quantized Linear made dense, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
-            lorax.adapters.inject.replace_module(model, name, module.dense())
+            replace_module(model, name, module.dense())
     return model
 
 
@@ -582,7 +583,7 @@ def test_a_checkpoint_is_not_quantized_twice(stored, tmp_path):
 def test_a_model_in_4_and_in_8_bits_is_not_written(stored, tmp_path):
     model = lorax.load_model(stored / "llama-fp4")
     other = lorax.load_model(stored / "llama-int8")
-    lorax.adapters.inject.replace_module(model, P, other.get_submodule(P))
+    replace_module(model, P, other.get_submodule(P))
     with pytest.raises(UsageError, match="mixes"):
         lorax.save_model(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

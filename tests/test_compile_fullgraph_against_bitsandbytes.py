@@ -9,8 +9,9 @@ import torch
 from oracles import llama
 
 import lorax
-from lorax.quant.formats import FORMATS, quantize
+from lorax.quant import names
 from lorax.quant.linear import QuantizedLinear
+from lorax.quant.quantize import quantize
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def run(module, x):
 
 
 @pytest.mark.parametrize("bias", ["none", "frozen", "trained"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", names.formats())
 def test_a_quantized_linear_keeps_its_bits(format, bias):
     weight = quantize(torch.randn(96, 64), format)
     linear = QuantizedLinear(weight, None if bias == "none" else torch.randn(96))

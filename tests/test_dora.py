@@ -22,11 +22,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lorax
+from lorax import backend as switch
 from lorax.adapters.dora import DoRALinear, RowNorms, _Rescale
 from lorax.adapters.inject import adapter_layers
 from lorax.adapters.merge import merged_layer
 from lorax.errors import AdapterError
-from lorax.quant import ops
 from lorax.quant.linear import QuantizedLinear, dequantize_into_scratch
 from lorax.training.loss import summed_loss
 
@@ -231,7 +231,7 @@ def test_over_the_kernels_fused_operator(bias):
     x = torch.randn(5, 64, requires_grad=True)
     found = []
     for backend in ("pytorch", "triton"):
-        with ops.backend(backend):
+        with switch.backend(backend):
             assert layer._is_fused(x) == (backend == "triton")
             y = layer(x)
             wanted = [x, *layer.tensors().values()]

@@ -12,10 +12,10 @@ from lorax.kernels import adamw as module
 from lorax.kernels import reference
 from lorax.kernels.adamw import TILE, adamw, adamw_8bit
 from lorax.kernels.hyper import AdamWStep
-from lorax.quant import codebooks
+from lorax.quant.dynamic_map import dynamic_map
 
 SIZES = (0, 1, 15, 16, 17, 255, 256, 257, TILE - 1, TILE, TILE + 1, 2 * TILE + 5)
-SIGNED = codebooks.dynamic_map().to(DEVICE)
+SIGNED = dynamic_map().to(DEVICE)
 
 
 def unsigned_map():

@@ -14,7 +14,8 @@ from lorax.kernels import reference, tuning
 from lorax.kernels.dequantize import dequantize
 from lorax.kernels.weight import PackedWeight
 from lorax.quant import codebooks
-from lorax.quant.nf4 import quantize
+from lorax.quant.dynamic_map import dynamic_map
+from lorax.quant.four_bit import quantize
 
 TILE = tuning.dequantize(90).tile
 
@@ -57,12 +58,12 @@ def test_against_quantized_tensor(guard):
         q = quantize(source.cpu(), name)
         nested = ()
         if q.nested is not None:
-            nested = (q.nested.absmax, codebooks.dynamic_map(), q.nested.offset)
+            nested = (q.nested.absmax, dynamic_map(), q.nested.offset)
         tensors = [t.to(DEVICE) for t in nested]
         weight = PackedWeight(
             q.packed.to(DEVICE),
             q.absmax.to(DEVICE),
-            codebooks.nf4().to(DEVICE),
+            codebooks.four_bit("nf4").to(DEVICE),
             tuple(q.shape),
             64,
             *tensors,
@@ -111,7 +112,7 @@ def test_beyond_2_to_the_31_values(guard):
     absmax = torch.empty(2**25 + 128, dtype=torch.float32, device=DEVICE)
     packed[start // 2 : (start + count) // 2] = torch.arange(count // 2, device=DEVICE)
     absmax[start // 64 : (start + count) // 64] = torch.tensor([1.5, 0.3, 7.0])
-    code = codebooks.nf4().to(DEVICE)
+    code = codebooks.four_bit("nf4").to(DEVICE)
     weight = PackedWeight(packed, absmax, code, (2**31 + 8192,), 64)
     small = PackedWeight(
         packed[start // 2 : (start + count) // 2].clone(),

@@ -13,10 +13,12 @@ from kernel_testing import (
     random,
 )
 
+from lorax.backend import backend, uses_triton
 from lorax.errors import EnvironmentProblem, UsageError
 from lorax.kernels import reference
-from lorax.kernels.hyper import AdamWStep
-from lorax.quant import codebooks, ops
+from lorax.quant import ops
+from lorax.training import fused_loss
+from lorax.training.fused_loss import cross_entropy_frozen_head
 
 
 def arguments(weight):
@@ -35,22 +37,12 @@ def test_opcheck(weight):
     """torch's own check: schemas hold, fakes agree, gradients are registered."""
     x = random(3, 128).requires_grad_()
     tensors = arguments(weight)
-    code = weight.code
-    torch.library.opcheck(ops.dequantize_4bit, (*tensors, torch.bfloat16), test_utils=OPCHECKS)
-    torch.library.opcheck(ops.quantize_4bit, (random(77), code, 64), test_utils=OPCHECKS)
-    dynamic = codebooks.dynamic_map().to(DEVICE)
-    torch.library.opcheck(ops.quantize_8bit, (random(77), dynamic, 256), test_utils=OPCHECKS)
-    torch.library.opcheck(ops.matmul_4bit, (x, random(20), *tensors), test_utils=OPCHECKS)
-    torch.library.opcheck(ops.matmul_4bit_dx, (random(3, 20), *tensors), test_utils=OPCHECKS)
+    torch.library.opcheck(ops._matmul, (x, random(20), *tensors), test_utils=OPCHECKS)
+    torch.library.opcheck(ops._matmul_dx, (random(3, 20), *tensors), test_utils=OPCHECKS)
     A, B = random(4, 128).requires_grad_(), random(20, 4).requires_grad_()
     torch.library.opcheck(ops._lora_linear, (x, A, B, 0.5, None, *tensors), test_utils=OPCHECKS)
     case = (x, random(50, 128), torch.tensor([1, 2, 49], device=DEVICE), True)
-    torch.library.opcheck(ops._cross_entropy, case, test_utils=OPCHECKS)
-    p = [random(5, 7)]
-    numbers = list(AdamWStep.at(1, 1e-3))
-    torch.library.opcheck(
-        ops.adamw_, (p, [random(5, 7)], [random(5, 7)], [random(5, 7).abs()], numbers)
-    )
+    torch.library.opcheck(fused_loss._cross_entropy, case, test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("name", ["pytorch", "triton"])
@@ -60,11 +52,10 @@ def test_both_backends_give_the_same(weight, name):
     x = random(3, 128).requires_grad_()
     A, B = random(4, 128, scale=0.1).requires_grad_(), random(20, 4).requires_grad_()
     head, targets = random(50, 20), torch.tensor([1, 2, 49], device=DEVICE)
-    with ops.backend(name):
-        assert torch.equal(ops.dequantize_4bit(*arguments(weight), torch.float32), W)
-        y = ops.matmul_4bit(x, None, *arguments(weight))
-        path = ops.lora_linear_4bit(x, A, B, 0.5, None, *arguments(weight))
-        loss = ops.cross_entropy_frozen_head(y + path, head, targets)
+    with backend(name):
+        y = ops.matmul_4bit(x, None, weight)
+        path = ops.lora_linear_4bit(x, A, B, 0.5, None, weight)
+        loss = cross_entropy_frozen_head(y + path, head, targets)
         loss.backward()
     found = [loss.detach(), x.grad, A.grad, B.grad]
     leaves = [t.detach().requires_grad_() for t in (x, A, B)]
@@ -76,20 +67,9 @@ def test_both_backends_give_the_same(weight, name):
         torch.testing.assert_close(mine, its.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_optimizers(weight):
-    p, g = random(5, 7), random(5, 7, seed=1)
-    expected = p - 1e-3 * g.sign()
-    m, v = torch.zeros_like(p), torch.zeros_like(p)
-    ops.adamw_([p], [g], [m], [v], list(AdamWStep.at(1, 1e-3)))
-    torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-7)
-    with pytest.raises(UsageError, match="expected 8 for each of 1"):
-        ops.adamw_([p], [g], [m], [v], [1.0])
-    ops.adamw_([], [], [], [], [])
-
-
 def test_torch_compile_traces_through(weight):
     def step(x):
-        return torch.relu(ops.matmul_4bit(x, None, *arguments(weight))).sum()
+        return torch.relu(ops.matmul_4bit(x, None, weight)).sum()
 
     x = random(3, 128)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -101,22 +81,22 @@ def test_torch_compile_traces_through(weight):
 
 def test_a_whole_head_wants_no_gradient(weight):
     with torch.no_grad():
-        loss = ops.cross_entropy_frozen_head(
+        loss = cross_entropy_frozen_head(
             random(2, 8), random(9, 8), torch.tensor([0, 8], device=DEVICE)
         )
     assert not loss.requires_grad
 
 
 def test_the_switch(weight, monkeypatch):
-    with pytest.raises(UsageError, match="'cuda' is unknown"), ops.backend("cuda"):
+    with pytest.raises(UsageError, match="'cuda' is unknown"), backend("cuda"):
         pass
     monkeypatch.setenv("LORAX_KERNELS", "fast")
     with pytest.raises(UsageError, match="LORAX_KERNELS='fast'"):
-        ops.quantize_4bit(random(5), weight.code, 64)
+        uses_triton(random(5))
     monkeypatch.setenv("LORAX_KERNELS", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(EnvironmentProblem, match="tensors are on cpu"):
-        ops.quantize_4bit(torch.ones(5), weight.code.cpu(), 64)
+        ops.matmul_4bit(torch.ones(5, 128), None, weight)
 
 
 def test_importing_asks_cuda_nothing_and_brings_no_triton():
@@ -133,7 +113,8 @@ assert "triton" not in sys.modules, "triton"
 before = {name.split(".")[0] for name in sys.modules}
 from lorax.kernels import adamw, cross_entropy, dequantize, lora, matmul, quantize
 inside = {name for name in sys.modules if name.startswith("lorax.")}
-others = {n for n in inside if not n.startswith(("lorax.kernels", "lorax.quant", "lorax.errors"))}
+mine = ("lorax.kernels", "lorax.quant", "lorax.errors", "lorax.version", "lorax.backend")
+others = {n for n in inside if not n.startswith(mine)}
 assert not others, others
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -1,18 +1,26 @@
 """Layers, adapter and loss through the Triton operators, as on CUDA, against the plain way."""
 
-import kernel_testing  # noqa: F401  first: it makes lorax.kernels importable on a bare machine
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from kernel_testing import DEVICE  # first: it makes lorax.kernels importable on a bare machine
 from torch import nn
 
 import lorax
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
+from lorax.backend import backend
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.ops import backend
 from lorax.training.loss import head_loss
 
 FORMATS = ("nf4", "nf4-dq", "fp4-dq")
+
+
+def randn(*shape):
+    """On the GPU where there is one: there backend("triton") refuses CPU tensors."""
+    return torch.randn(*shape, device=DEVICE)
 
 
 def both(call, *inputs):
@@ -34,8 +42,8 @@ def close(a, b):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantize_into_a_buffer_is_bit_equal(format, dtype):
-    q = lorax.quantize(torch.randn(24, 96), format)
-    out = torch.full((24, 96), float("nan"), dtype=dtype)
+    q = lorax.quantize(randn(24, 96), format)
+    out = torch.full((24, 96), float("nan"), dtype=dtype, device=DEVICE)
     with backend("triton"):
         assert q.dequantize(out=out) is out
     assert torch.equal(out, q.dequantize(dtype))
@@ -44,17 +52,17 @@ def test_dequantize_into_a_buffer_is_bit_equal(format, dtype):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_quantized_linear(format, rows):
-    layer = QuantizedLinear(lorax.quantize(torch.randn(24, 128), format), torch.randn(24))
-    (one, (dx1,)), (two, (dx2,)) = both(layer, torch.randn(2, rows, 128))
+    layer = QuantizedLinear(lorax.quantize(randn(24, 128), format), randn(24))
+    (one, (dx1,)), (two, (dx2,)) = both(layer, randn(2, rows, 128))
     assert close(two, one)
     assert close(dx2, dx1)
 
 
 def started(format, kind):
     """A layer of each kind whose base and path are one operator on CUDA."""
-    weight, bias = torch.randn(24, 128), torch.randn(24)
+    weight, bias = randn(24, 128), randn(24)
     if kind == "loftq":
-        base = nn.Linear(128, 24)
+        base = nn.Linear(128, 24, device=DEVICE)
         base.weight.data, base.bias.data = weight, bias
         layer = LoftQLinear(base, 4, 0.5, 0.1, iterations=1, format=format)
         layer.requires_grad_(False)
@@ -75,7 +83,7 @@ CASES = [(format, True) for format in FORMATS] + [("nf4", "pissa"), ("nf4", "lof
 def test_lora_linear_with_every_gradient_by_name(format, kind):
     layer = started(format, kind)
     found = {}
-    x = torch.randn(2, 3, 128)
+    x = randn(2, 3, 128)
     for name in ("pytorch", "triton"):
         layer.zero_grad()
         given = x.clone().requires_grad_()
@@ -93,17 +101,26 @@ def test_lora_linear_with_every_gradient_by_name(format, kind):
 
 
 def test_dropout_at_work_takes_the_plain_way():
-    layer = LoRALinear(QuantizedLinear(lorax.quantize(torch.randn(8, 64), "nf4")), 2, 1.0, 0.5)
+    layer = LoRALinear(QuantizedLinear(lorax.quantize(randn(8, 64), "nf4")), 2, 1.0, 0.5)
     layer.lora_B.data.normal_()
     layer.lora_A.data.normal_()
-    x = torch.randn(4, 64)
+    x = randn(4, 64)
     with backend("triton"):
         assert not torch.equal(layer.train()(x), layer.eval()(x))
 
 
 def test_loss_over_a_frozen_head():
-    head = nn.Linear(32, 97, bias=False).requires_grad_(False)
-    targets = torch.randint(0, 97, (7,))
-    (one, (dx1,)), (two, (dx2,)) = both(lambda h: head_loss(h, head, targets), torch.randn(7, 32))
+    head = nn.Linear(32, 97, bias=False, device=DEVICE).requires_grad_(False)
+    targets = torch.randint(0, 97, (7,), device=DEVICE)
+    (one, (dx1,)), (two, (dx2,)) = both(lambda h: head_loss(h, head, targets), randn(7, 32))
     assert close(two, one)
     assert close(dx2, dx1)
+
+
+def test_every_tensor_lies_where_the_kernels_run():
+    """With CUDA a CPU tensor under backend("triton") is an error, which no CPU machine sees."""
+    makers = re.compile(r"(?:torch\.(?:randn|randint|full|zeros|ones|empty)|nn\.Linear)\([^\n]*")
+    text = Path(__file__).read_text().partition("def test_every_tensor_lies")[0]
+    made = makers.findall(text)
+    assert made
+    assert [line for line in made if "device=DEVICE" not in line] == []

@@ -32,6 +32,7 @@ from lorax.merging import laboratory as merging
 from lorax.merging.laboratory import Laboratory
 from lorax.merging.residual import truncated_svd
 from lorax.merging.routes import Route, route_layer, take_route
+from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
 from lorax.training.loss import summed_loss
 
@@ -206,15 +207,15 @@ def logits64(lab, merged_by=None):
         for name, (A, B) in residuals.items():
             module = lab.model.get_submodule(name)
             dense = written(module) + B.double() @ A.double()
-            lorax.adapters.inject.replace_module(lab.model, name, linear64(module, dense))
+            replace_module(lab.model, name, linear64(module, dense))
     else:
         for name, layer in adapter_layers(lab.model).items():
             dense = linear64(layer.base_layer, sum(weight64(layer)))
-            lorax.adapters.inject.replace_module(lab.model, name, dense)
+            replace_module(lab.model, name, dense)
     for name, module in list(lab.model.named_modules()):
         if isinstance(module, QuantizedLinear):
             dense = linear64(module, written(module))
-            lorax.adapters.inject.replace_module(lab.model, name, dense)
+            replace_module(lab.model, name, dense)
     return lab.model.double()(text())
 
 

@@ -12,9 +12,11 @@ from torch import nn
 from lorax.errors import UsageError
 from lorax.optim import AdamW, AdamW8bit, PagedAdamW8bit, flat
 from lorax.optim import adamw8bit as module
-from lorax.quant.blockwise import dequantize_blockwise, quantize_positive_
-from lorax.quant.codebooks import dynamic_map, midpoints, nf4
-from lorax.quant.nearest import nearest_table
+from lorax.optim.adamw8bit import quantize_positive_
+from lorax.quant.blockwise import dequantize_blockwise
+from lorax.quant.codebooks import four_bit
+from lorax.quant.dynamic_map import dynamic_map
+from lorax.quant.nearest import midpoints, nearest_table
 
 LR = 1.0
 
@@ -187,7 +189,7 @@ def test_maps_against_bitsandbytes():
     assert dynamic_map(signed=False)[0] == 0
 
 
-@pytest.mark.parametrize("code", [nf4(), dynamic_map(), dynamic_map(signed=False)])
+@pytest.mark.parametrize("code", [four_bit("nf4"), dynamic_map(), dynamic_map(signed=False)])
 def test_nearest_table_against_the_search(code):
     """Every cell's ends, every boundary and its neighbours, NaN, zeros, and random values."""
     boundaries = midpoints(code)

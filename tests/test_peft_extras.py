@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorax
+from lorax import backend as switch
 from lorax.adapters.inject import adapter_layers, count_parameters
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.replaced import replaced_parameters
 from lorax.errors import AdapterError, FormatError
 from lorax.formats.tokenizer_files import write_tokenizer
-from lorax.quant import ops
 from lorax.quant.linear import QuantizedLinear
 from lorax.training.loss import summed_loss
 
@@ -271,7 +271,7 @@ def test_a_bias_over_a_quantized_weight_gets_its_gradient(backend, adapted):
     layer.bias.requires_grad_(True)
     x = torch.randn(2, 3, 64)
     forward = LoRALinear(layer, 4, 2.0) if adapted else layer
-    with ops.backend(backend):
+    with switch.backend(backend):
         found = forward(x)
     for y, bias in ((found, layer.bias), (dense(x), dense.bias)):
         y.square().sum().backward()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import lorax
 from lorax.errors import QuantizationError
 from lorax.quant import codebooks
+from lorax.quant.dynamic_map import dynamic_map
 
 SHAPES = [(64, 64), (64, 160), (3, 5), (1,), (7,), (129, 33), (100, 1000), (5, 7, 3), (2, 4096)]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -26,7 +27,7 @@ def draw(shape, dtype):
 
 
 def test_the_tables_are_bitsandbytes():
-    assert torch.equal(codebooks.dynamic_map(), bnb.create_dynamic_map())
+    assert torch.equal(dynamic_map(), bnb.create_dynamic_map())
     for kind in KINDS:
         assert torch.equal(codebooks.four_bit(kind), bnb.get_4bit_type(kind, device="cpu"))
 
@@ -76,7 +77,7 @@ def test_double_quantization(kind, shape, block_size, dtype):
     zero = state.state2.absmax[groups] == 0  # any code means zero there
     rest = lorax.quantize(x, kind, block_size).absmax - state.offset
     y = (rest / state.state2.absmax[groups]).double()
-    table = codebooks.dynamic_map().double()
+    table = dynamic_map().double()
     ours = (table[mine.absmax.long()] - y).abs()
     theirs = (table[state.absmax.long()] - y).abs()
     assert (ours < theirs)[differs & ~zero].all()

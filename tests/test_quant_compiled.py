@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import lorax
+from lorax import backend as switch
 from lorax.errors import UsageError
-from lorax.quant import compiled, ops
+from lorax.quant import compiled
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
@@ -27,7 +28,7 @@ def test_equal_bits(format):
             weight = lorax.quantize(torch.randn(shape).to(dtype), format, block_size)
             expected = weight.dequantize()
             out = torch.full(shape, torch.nan, dtype=dtype)
-            with ops.backend("compiled"):
+            with switch.backend("compiled"):
                 assert torch.equal(weight.dequantize(out=out), expected), (shape, block_size)
 
 
@@ -37,7 +38,7 @@ def test_infinite_and_missing_scales():
     weight = lorax.quantize(torch.randn(8, 64), "nf4")
     weight.absmax[0], weight.absmax[1], weight.absmax[2] = torch.inf, torch.nan, 0
     expected = weight.dequantize(torch.bfloat16)
-    with ops.backend("compiled"):
+    with switch.backend("compiled"):
         found = weight.dequantize(torch.bfloat16)
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
@@ -51,7 +52,7 @@ def test_other_dtypes_go_the_other_way(dtype, monkeypatch):
 
     monkeypatch.setattr(compiled, "_compiled", no)
     weight = lorax.quantize(torch.randn(8, 64), "nf4")
-    with ops.backend("compiled"):
+    with switch.backend("compiled"):
         found = weight.dequantize(dtype)
         with pytest.raises(AssertionError, match="compiled"):
             weight.dequantize(torch.bfloat16)
@@ -69,10 +70,10 @@ def test_bits_by_logic():
 def test_without_a_compiler_it_says_so(tmp_path):
     code = (
         "import torch, lorax\n"
-        "from lorax.quant import ops\n"
+        "from lorax import backend as switch\n"
         "weight = lorax.quantize(torch.randn(4, 64), 'nf4')\n"
         "try:\n"
-        "    with ops.backend('compiled'):\n"
+        "    with switch.backend('compiled'):\n"
         "        weight.dequantize(torch.bfloat16)\n"
         "except lorax.errors.EnvironmentProblem as error:\n"
         "    print(error)\n"
@@ -88,8 +89,8 @@ def test_without_a_compiler_it_says_so(tmp_path):
 def test_the_switch(monkeypatch):
     monkeypatch.setenv("LORAX_KERNELS", "compiled")
     tensor = torch.zeros(1)
-    assert ops.uses_compiled(tensor)
-    assert not ops.uses_triton(tensor)
+    assert switch.uses_compiled(tensor)
+    assert not switch.uses_triton(tensor)
     monkeypatch.setenv("LORAX_KERNELS", "compile")
     with pytest.raises(UsageError, match="'compile' is unknown"):
-        ops.uses_compiled(tensor)
+        switch.uses_compiled(tensor)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from typing import get_args
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
@@ -12,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from oracles import gpt2, llama, tokens
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 import lorax
-from lorax.adapters.inject import replace_module
 from lorax.errors import QuantizationError, UsageError
-from lorax.quant import affine, blockwise, formats, llm_int8
+from lorax.models.replace import replace_module
+from lorax.quant import affine, blockwise, int8, names
 from lorax.quant.linear import QuantizedLinear
 from lorax.training.recipe import Quantization
 
@@ -62,7 +62,7 @@ def bitsandbytes_linear(W, bias=None):
 
 def scheme_in_float64(x, q, bias=None):
     """What LLM.int8 defines, with nothing rounded but the codes and the scales."""
-    codes, scales, columns = llm_int8.quantize_activations(x, 6.0)
+    codes, scales, columns = int8.quantize_activations(x, 6.0)
     y = (codes.long() @ q.codes.long().t()).double()
     y = y * scales[:, None].double() * q.SCB.double() / 127**2
     W = q.codes[:, columns].double() * q.SCB[:, None].double() / 127
@@ -89,7 +89,7 @@ def test_int8_weights_against_bitsandbytes(shape, seed, dtype, exponent):
 @given(matrices, seeds, st.sampled_from(DTYPES), st.integers(0, 4))
 def test_int8_activations_against_bitsandbytes(shape, seed, dtype, outliers):
     x = activations(*shape, seed, dtype, outliers)
-    mine = llm_int8.quantize_activations(x, 6.0)
+    mine = int8.quantize_activations(x, 6.0)
     theirs = bnb_functional.int8_vectorwise_quant(x.to(torch.float16), threshold=6.0)
     for one, other in zip(mine, theirs, strict=True):
         assert torch.equal(one, other)
@@ -195,8 +195,8 @@ def test_integer_products_are_exact(m, k, n, fill):
     b[:1] = fill
     a[:, :1] = 1  # so that the sum is no multiple of a high power of two
     truth = (a.long() @ b.long().t()).int()
-    assert torch.equal(llm_int8.integer_matmul(a, b), truth)
-    assert torch.equal(llm_int8.float_integer_matmul(a, b), truth)
+    assert torch.equal(int8.integer_matmul(a, b), truth)
+    assert torch.equal(int8.float_integer_matmul(a, b), truth)
 
 
 @given(matrices, seeds, st.sampled_from(DTYPES))
@@ -227,8 +227,8 @@ def test_int8_outlier_columns_keep_their_precision():
     q, product = lorax.quantize(W, "int8"), x @ W.t()
     rest = (x.abs() < 6).all(0)
     small = x[:, rest] @ W[:, rest].t()
-    with_columns = llm_int8.linear(x, q, None) - (product - small)
-    without = llm_int8.linear(x, q, None, threshold=math.inf) - (product - small)
+    with_columns = int8.linear(x, q, None) - (product - small)
+    without = int8.linear(x, q, None, threshold=math.inf) - (product - small)
     exact = x @ q.dequantize().t() - product  # what the weight's own codes cost
     assert rms(with_columns - small - exact) <= 0.02 * rms(small)
     assert rms(without - small - exact) >= 0.5 * rms(small)
@@ -253,7 +253,7 @@ def test_int8_refuses_what_it_cannot_hold():
         lorax.quantize(torch.zeros(4), "int8", name="up")
     with pytest.raises(QuantizationError, match=r"up: values up to 70000 .*int8-symmetric"):
         lorax.quantize(torch.tensor([[1.0, 7e4]]), "int8", name="up")
-    with pytest.raises(QuantizationError, match="no block_size"):
+    with pytest.raises(QuantizationError, match="per-row scales; remove block_size"):
         lorax.quantize(torch.zeros(4, 4), "int8", 64)
 
 
@@ -355,8 +355,8 @@ def test_r3_any_chunking_of_integers_gives_the_same_bits(rows, columns, seed, fo
     whole = lorax.quantize(x, format)
     out = whole.dequantize()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "CHUNK_ELEMENTS", blocks * 64)
-        patch.setattr(llm_int8, "CHUNK_ELEMENTS", blocks * 64)
+        patch.setattr(affine, "CHUNK_ELEMENTS", blocks * 64)
+        patch.setattr(int8, "CHUNK_ELEMENTS", blocks * 64)
         parts = lorax.quantize(x, format)
         assert torch.equal(parts.dequantize(), out)
     for one, other in zip(whole.tensors(), parts.tensors(), strict=True):
@@ -466,7 +466,7 @@ def test_bits_a_weight_of_integers(format, bits):
     assert lorax.quantize(torch.ones(256, 1024), format).nbytes * 8 / 2**18 == bits
 
 
-@given(st.tuples(st.integers(1, 40), st.integers(1, 40)), seeds, st.sampled_from(formats.FORMATS))
+@given(st.tuples(st.integers(1, 40), st.integers(1, 40)), seeds, st.sampled_from(names.formats()))
 def test_every_format_shows_the_same_face(shape, seed, format):
     for dtype in DTYPES:
         q = lorax.quantize(draw(shape, seed, dtype), format)
@@ -564,7 +564,12 @@ def test_a_linear_of_integers_saves_loads_copies_and_changes_dtype(format):
 
 
 def test_recipes_accept_every_format_and_no_other():
-    assert get_args(Quantization) == formats.FORMATS
+    known = TypeAdapter(Quantization)
+    for name in names.formats():
+        assert known.validate_python(name) == name
+    for name in ("nf5", "", "nf4-dq-dq", "int8-dq", "NF4"):
+        with pytest.raises(ValidationError, match="should be 'nf4', 'nf4-dq'"):
+            known.validate_python(name)
 
 
 @pytest.mark.parametrize("format", NEW)

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.inject import adapter_config, replace_module, require_adapter
+from lorax.adapters.inject import adapter_config, require_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
 from lorax.adapters.tables import is_tied
 from lorax.errors import AdapterError
 from lorax.models.gpt2 import GPT2
+from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
 
 

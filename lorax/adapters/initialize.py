@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lorax.adapters.config import NITER
 from lorax.errors import AdapterError
-from lorax.quant.nf4 import FourBitTensor, quantize
+from lorax.quant.four_bit import FourBitTensor, quantize
 
 
 def fresh(A: Tensor, B: Tensor, how: bool | str) -> None:

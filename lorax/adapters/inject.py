@@ -30,6 +30,7 @@ from lorax.adapters.tokens import find_rows, put_rows
 from lorax.errors import AdapterError
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
+from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
 
 
@@ -213,12 +214,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
         f"trainable params: {trainable:,d} || all params: {everything:,d} || "
         f"trainable%: {100 * trainable / everything:.4f}"
     )
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module where the one of that path stands."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def expand_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:

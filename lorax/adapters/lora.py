@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from lorax.adapters.initialize import fresh
 from lorax.adapters.layer import AdapterLayer
 from lorax.quant import ops
+from lorax.quant.four_bit import FourBitTensor
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.nf4 import FourBitTensor
 
 
 class LoRALinear(AdapterLayer):
@@ -120,7 +120,7 @@ class LoRALinear(AdapterLayer):
         assert isinstance(base, QuantizedLinear)
         assert isinstance(base.quantized, FourBitTensor)
         weight = base.quantized.operands()
-        return ops.lora_linear_4bit(x, A, B, self.scaling, base.bias, *weight)
+        return ops.lora_linear_4bit(x, A, B, self.scaling, base.bias, weight)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """A and B, and B's bias."""

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.inject import replace_module, require_adapter
+from lorax.adapters.inject import require_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.replaced import forget, put_back, replaced_parameters
 from lorax.adapters.tables import is_language_model
 from lorax.adapters.tokens import TokenRows, tie_merged
 from lorax.errors import AdapterError
+from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
 
 

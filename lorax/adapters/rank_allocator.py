@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from lorax.adapters.adalora import AdaLoRALinear
 from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.inject import adapter_config, replace_module, require_adapter
+from lorax.adapters.inject import adapter_config, require_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.errors import AdapterError
+from lorax.models.replace import replace_module
 
 
 class RankAllocator:

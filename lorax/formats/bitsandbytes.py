@@ -32,10 +32,11 @@ from torch import Tensor, nn
 
 from lorax.errors import FormatError, QuantizationError, UnsupportedModel, UsageError
 from lorax.formats.safetensors_files import TensorFiles
+from lorax.quant import names
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.nf4 import QuantizedTensor
+from lorax.quant.quantize import QuantizedTensor
 
-FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
+FORMATS = names.bitsandbytes_formats()
 _COMPANION = re.compile(
     r"(?P<module>.+)\.(?P<part>weight\.(absmax|quant_map|nested_absmax|nested_quant_map"
     r"|quant_state\.bitsandbytes__\w+)|SCB|weight_format)"
@@ -176,8 +177,11 @@ def stored_format(linears: Mapping[str, nn.Module]) -> set[str]:
     found = {name: m.quantized for name, m in linears.items() if isinstance(m, QuantizedLinear)}
     for name, weight in found.items():
         if weight.format not in FORMATS:
-            raise UsageError(f"{name} is quantized as {weight.format}, which bitsandbytes' "
-                             "checkpoints do not have; expected nf4, fp4 or int8")  # fmt: skip
+            raise UsageError(
+                f"{name} is quantized as {weight.format}, which bitsandbytes' checkpoints do not "
+                f"have; expected {names.listed(FORMATS)}. Save the model without quantizing it, "
+                f"and load it with quantization={weight.format!r}"
+            )
     formats = {weight.format for weight in found.values()}
     if "int8" in formats and len(formats) > 1:
         raise UsageError(

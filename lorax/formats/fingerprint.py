@@ -38,7 +38,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorax import __version__
 from lorax.adapters.tables import is_language_model
 from lorax.errors import AdapterError, EnvironmentProblem, FormatError, LoraxError
 from lorax.formats.bitsandbytes import QuantizedFiles
@@ -47,6 +46,7 @@ from lorax.formats.hub import find_model
 from lorax.formats.huggingface import ModelFiles, open_model_files
 from lorax.formats.json_files import parse_json
 from lorax.quant.linear import QuantizedLinear
+from lorax.version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.inject import replace_module
 from lorax.adapters.layer import AdapterLayer
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import (
@@ -42,8 +41,9 @@ from lorax.formats.written_config import is_tied, write_config
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
 from lorax.models.origin import Origin
-from lorax.quant.formats import check_request, quantize
+from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
+from lorax.quant.quantize import check_request, quantize
 from lorax.quant.tensor import QuantizedTensor
 
 # Buffers that old checkpoints carry beside the weights.
@@ -81,7 +81,7 @@ def load_model(
         dtype: "auto" (what config.json says, else the file's own), a name like "bfloat16", or a
             torch.dtype: what the weights are cast to, before any quantization.
         device: where the model lives.
-        quantization: None, or a format of `lorax.quant.formats` ("nf4-dq", "int8", ...): for the
+        quantization: None, or a format of `lorax.quant.quantize` ("nf4-dq", "int8", ...): for the
             weight of every Linear but `lm_head`. A checkpoint in bitsandbytes' 4 or 8 bits needs
             None: it stays as it is.
         revision: branch, tag or commit on the Hub.

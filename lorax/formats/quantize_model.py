@@ -40,7 +40,7 @@ from lorax.formats.safetensors_files import (
 )
 from lorax.formats.written_config import write_config
 from lorax.models.gpt2 import GPT2
-from lorax.quant.formats import check_request, quantize
+from lorax.quant.quantize import check_request, quantize
 from lorax.quant.tensor import QuantizedTensor
 
 Progress = Callable[[int, int, str], None]  # tensors done, of how many, the last one's name

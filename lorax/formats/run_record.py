@@ -20,7 +20,7 @@ from lorax.formats.json_files import parse_json
 from lorax.formats.model_config import DTYPES
 from lorax.formats.peft_directory import CONFIG, TENSORS
 from lorax.formats.safetensors_files import read_metadata
-from lorax.quant.formats import FORMATS
+from lorax.quant import names
 
 RECORD = "config.toml"
 MAX_BYTES = 2**20
@@ -58,7 +58,7 @@ def read_record(adapter: Path) -> Record:
     if (adapter / TENSORS).is_file():
         mark = read_metadata(adapter / TENSORS).get(fingerprint.KEY)
         stated = parse_json(mark, f"{adapter / TENSORS}: {fingerprint.KEY}") if mark else {}
-        if stated.get("quantization") in FORMATS:
+        if stated.get("quantization") in names.formats():
             return Record(stated["quantization"], where=adapter / TENSORS)
     return Record()
 
@@ -75,10 +75,10 @@ def _from_recipe(path: Path) -> Record:
         ) from None
     values = found if isinstance(found, dict) else {}
     quantization, dtype = values.get("quantization"), values.get("dtype", "auto")
-    if quantization is not None and quantization not in FORMATS:
+    if quantization is not None and quantization not in names.formats():
         raise FormatError(
-            f"{path}: model.quantization = {quantization!r}; expected one of {', '.join(FORMATS)}: "
-            "mend it, or move the adapter's directory elsewhere"
+            f"{path}: model.quantization = {quantization!r}; expected one of "
+            f"{', '.join(names.formats())}: mend it, or move the adapter's directory elsewhere"
         )
     if dtype != "auto" and dtype not in DTYPES:
         raise FormatError(

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lorax.formats.huggingface import load_model, quantizable
-from lorax.quant.formats import quantize
+from lorax.quant.quantize import quantize
 
 WORST_ROWS = 3
 

@@ -60,7 +60,7 @@ from lorax.merging.routes import (
     take_route,
 )
 from lorax.models import Model
-from lorax.quant import nf4
+from lorax.quant import codebooks
 from lorax.quant.linear import QuantizedLinear
 
 TOKENS = 1024
@@ -93,8 +93,9 @@ class Laboratory:
             UsageError: no such format, or a residual for a dense model.
         """
         if format is not None:
-            if format not in nf4.FORMATS:
-                raise UsageError(f"format {format!r}: expected one of {', '.join(nf4.FORMATS)}")
+            written = codebooks.formats(bitsandbytes=True)  # the layout that a 4-bit model takes
+            if format not in written:
+                raise UsageError(f"format {format!r}: expected one of {', '.join(written)}")
             return [Route(self.dtype, format=format, residual_rank=residual_rank)]
         if residual_rank:
             raise UsageError("--residual-rank goes with a 4-bit output: --format nf4-dq")
@@ -122,7 +123,7 @@ class Laboratory:
         if self.original is not None:
             wanted = dict.fromkeys((torch.float32, self.dtype))
             dense += [Route(dtype, original=True) for dtype in wanted]
-        mine = self.quantization if self.quantization in nf4.FORMATS else None
+        mine = self.quantization if self.quantization in codebooks.formats() else None
         formats = [mine] if mine else ["nf4", "nf4-dq"]
         rank = residual_rank or RESIDUAL_RANK
         left = Route(self.dtype, format=formats[-1], residual_rank=rank)

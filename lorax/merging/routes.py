@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.inject import adapter_layers, replace_module, require_adapter
+from lorax.adapters.inject import adapter_layers, require_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import (
     check_finite,
@@ -43,9 +43,10 @@ from lorax.adapters.merge import (
 )
 from lorax.errors import UsageError
 from lorax.merging.residual import truncated_svd
-from lorax.quant import nf4
+from lorax.models.replace import replace_module
+from lorax.quant import codebooks, four_bit
+from lorax.quant.four_bit import FourBitTensor
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.nf4 import FourBitTensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -78,11 +79,11 @@ class Route:
         if match and match[2] in DTYPES:
             return Route(DTYPES[match[2]], original=bool(match[1]))
         format, _, rank = name.partition("+r")
-        if match and format in nf4.FORMATS:
+        if match and format in codebooks.formats():
             return Route(dtype, format=format, residual_rank=int(rank or 0))
         raise UsageError(
             f"route {name!r} is unknown; expected {', '.join(DTYPES)}, original-DTYPE, "
-            f"{', '.join(nf4.FORMATS)}, or FORMAT+rRANK such as nf4-dq+r16"
+            f"{', '.join(codebooks.formats())}, or FORMAT+rRANK such as nf4-dq+r16"
         )
 
     @property
@@ -165,7 +166,7 @@ def route_layer(
         module, lost = rounded_layer(adapted, aim, exact, route.dtype)
         return RoutedLayer(module, LayerCost(lost, effect))
     assert route.format is not None
-    weight = nf4.quantize(aim, route.format, name=f"{name}.weight")
+    weight = four_bit.quantize(aim, route.format, name=f"{name}.weight")
     weight = dataclasses.replace(weight, dtype=route.dtype)
     bias = adapted.effective_bias()
     linear = QuantizedLinear(weight, None if bias is None else bias.detach().to(route.dtype))

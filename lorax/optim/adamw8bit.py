@@ -2,7 +2,7 @@
 
 A parameter costs 2.03 bytes of state instead of 8. Both moments are cut into blocks of 256, each
 with its absolute maximum in float32, and a value is the index of an entry of a dynamic map, which
-spans seven decades (see `quant/codebooks.py`):
+spans seven decades (see `quant/dynamic_map.py`):
 
     exp_avg          uint8     n          codes of the signed map
     exp_avg_absmax   float32   n / 256
@@ -47,16 +47,12 @@ from lorax.errors import UsageError
 from lorax.kernels.hyper import OUTGROWN, AdamWStep
 from lorax.optim.adamw import AdamW, FloatMoments, adamw_
 from lorax.optim.flat import ALIGNMENT, Hyperparameters, Moments, carve, round_up, state_dtype
-from lorax.quant.blockwise import (
-    dequantize_blockwise,
-    number_of_blocks,
-    quantize_positive_,
-    quantize_rows_,
-)
-from lorax.quant.codebooks import dynamic_map
+from lorax.quant.blockwise import dequantize_blockwise, number_of_blocks, quantize_rows_
+from lorax.quant.dynamic_map import dynamic_map
 from lorax.quant.nearest import NearestTable, nearest_table
 
 SIGNED_ZERO = 127  # the signed map's code of 0; the unsigned map's is 0
+SMALLEST_POSITIVE_ABSMAX = 1e-30  # times the unsigned map's least value still a normal float32
 
 
 def adamw_8bit_(
@@ -89,6 +85,27 @@ def adamw_8bit_(
     quantize_positive_(
         v.view(rows), outgrown.view(rows), unsigned, exp_avg_sq.view(rows), exp_avg_sq_absmax
     )
+
+
+def quantize_positive_(
+    x: Tensor, round_up: Tensor, table: NearestTable, codes: Tensor, absmax: Tensor
+) -> None:
+    """Quantize whole blocks of values >= 0 so that none but zero itself becomes zero.
+
+    Args:
+        x: (blocks, block_size) float32, one block a row, nothing below zero.
+        round_up: the same shape, bool: where set, the next entry that is not smaller is taken
+            instead of the nearest.
+        table: of a codebook that goes from 0 to 1.
+        codes: the same shape as x, uint8, written.
+        absmax: (blocks,) float32, written; at least 1e-30, so that the least entry times absmax is
+            not zero either.
+    """
+    torch.amax(x, dim=1, out=absmax).clamp_min_(SMALLEST_POSITIVE_ABSMAX)
+    y = (x * absmax.reciprocal()[:, None]).clamp_(max=1)
+    nearest = table.codes(y)
+    short = table.values.index_select(0, nearest.view(-1).int()).view(y.shape) < y
+    torch.maximum(nearest.add_(short & round_up), (x > 0).to(torch.uint8), out=codes)
 
 
 def tables(device: torch.device) -> tuple[NearestTable, NearestTable]:

@@ -5,7 +5,7 @@
                  ordinary memory  one launch for all tensors of a dtype and kind of moments
                  paged memory     one launch a page, while the next page is on its way
 
-`lorax.quant.ops.backend` and LORAX_KERNELS force either; a group's `fused=False` keeps to PyTorch.
+`lorax.backend.backend` and LORAX_KERNELS force either; a group's `fused=False` keeps to PyTorch.
 The moments lie in the same pages either way, under the same names, so a run may change sides.
 
 **Which bits.** The kernel rounds where `adamw_` rounds on a CPU: the moments are bit-equal to it,
@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorax.backend import uses_triton
 from lorax.kernels.hyper import AdamWStep
 from lorax.optim.flat import Hyperparameters, Moments, Page
-from lorax.quant.ops import uses_triton
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -98,7 +98,7 @@ class Launches:
 
 
 def kernel_step(hyper: Hyperparameters) -> AdamWStep:
-    """A step's numbers as the kernel multiplies with them."""
+    """Precompute the scalar coefficients of one AdamW step."""
     return AdamWStep.at(
         hyper.step, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay
     )

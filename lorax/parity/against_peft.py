@@ -53,9 +53,10 @@ from lorax.parity.difference import EXACT, NESTED, difference
 from lorax.parity.report import FINGERPRINT, Check, Report
 from lorax.parity.rows import batch, random_batch
 from lorax.parity.sides import LoraxSide, PeftSide, packed_by_bitsandbytes
+from lorax.quant import codebooks
 from lorax.quant.double import NestedScales, dequantize_scales
+from lorax.quant.four_bit import FourBitTensor
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.nf4 import FORMATS, FourBitTensor
 
 DTYPE = torch.float32
 
@@ -131,10 +132,11 @@ class _Job:
         say: Callable[[str], None],
         notes: list[str],
     ):
-        if quantization is not None and quantization not in FORMATS:
+        shared = codebooks.formats(bitsandbytes=True)
+        if quantization is not None and quantization not in shared:
             raise UsageError(
                 f"quantization {quantization!r}: verify covers plain and 4-bit bases; expected "
-                f"{', '.join(FORMATS)}, or none for the plain weights"
+                f"{', '.join(shared)}, or none for the plain weights"
             )
         assert place.adapter is not None
         self.adapter, self.base, self.base_is_given = place.adapter, place.model, base_is_given

@@ -37,7 +37,7 @@ from lorax.parity.difference import (
 )
 from lorax.parity.report import Check, Nearer
 from lorax.parity.sides import LoraxSide, Side
-from lorax.quant import nf4
+from lorax.quant import four_bit
 from lorax.quant.linear import QuantizedLinear
 
 DECOMPOSED = "a part was taken out of the base again on each side: 1e-5"
@@ -238,7 +238,7 @@ class _Comparison:
         """PEFT's merged 4-bit weight against lorax's exact one, quantized for this."""
         q, one = self._quantized(path), self.mine.effective_weight(path)
         assert one is not None
-        again = nf4.quantize(one, q.format, q.block_size, name=path).dequantize(torch.float32)
+        again = four_bit.quantize(one, q.format, q.block_size, name=path).dequantize(torch.float32)
         effect = (one.double() - base.double()).norm().item()
         lost = (other.double() - one.double()).norm().item()
         note = causes.REQUANTIZED.format(lost=lost / effect) if effect else ""
@@ -246,11 +246,11 @@ class _Comparison:
         gap = difference(again, other)
         return Check(path, "merged weight", "weight", gap, bound, REQUANTIZED, note)
 
-    def _quantized(self, path: str) -> nf4.FourBitTensor:
+    def _quantized(self, path: str) -> four_bit.FourBitTensor:
         module = self.mine.modules[path]
         base = self.mine.base_of(module) if self.mine.is_adapted(module) else module
         assert isinstance(base, QuantizedLinear)
-        assert isinstance(base.quantized, nf4.FourBitTensor)
+        assert isinstance(base.quantized, four_bit.FourBitTensor)
         return base.quantized
 
     def _of_output(self, path: str) -> Iterator[Check]:

@@ -28,8 +28,8 @@ from lorax.formats.peft import adapter_tensors
 from lorax.formats.peft_directory import PREFIX
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
+from lorax.quant.four_bit import FourBitTensor
 from lorax.quant.linear import QuantizedLinear
-from lorax.quant.nf4 import FourBitTensor
 from lorax.training.loss import summed_loss
 
 

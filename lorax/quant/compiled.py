@@ -1,6 +1,6 @@
 """The four-bit decoder to bfloat16 on a CPU, compiled: for those who have a C++ compiler.
 
-    with lorax.quant.ops.backend("compiled"): ...       or LORAX_KERNELS=compiled
+    with lorax.backend.backend("compiled"): ...       or LORAX_KERNELS=compiled
 
 torch.compile makes one loop over the blocks of what stands here. It vectorizes neither look-ups nor
 shuffles of bytes; but to choose one of 16 constants by the 4 bits of a code takes 15 selections of
@@ -19,14 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 
 import torch
 from torch import Tensor
 
 from lorax.errors import EnvironmentProblem
 from lorax.quant import codebooks
-
-NF4, FP4 = (codebooks.four_bit(name).tolist() for name in ("nf4", "fp4"))
 
 
 def decode_into(
@@ -39,13 +38,14 @@ def decode_into(
         packed: (ceil(n / 2),) uint8.
         scales: (ceil(n / block_size),) float32.
         block_size: values that share a scale.
-        quant_type: "nf4" or "fp4".
+        quant_type: the codebook's name, looked up in the table of codebooks.
 
     Returns:
         How many values, from the first, are decoded; none unless `out` is bfloat16.
 
     Raises:
         EnvironmentProblem: torch cannot compile here.
+        QuantizationError: there is no codebook of that name.
     """
     blocks = out.numel() // block_size
     if out.dtype != torch.bfloat16 or not blocks:
@@ -68,19 +68,16 @@ def decode_into(
 
 @cache
 def _compiled(quant_type: str) -> Callable[[Tensor, Tensor, Tensor], None]:
-    return torch.compile(_decode_nf4 if quant_type == "nf4" else _decode_fp4, fullgraph=True)
+    entries = codebooks.four_bit(quant_type).tolist()
 
+    def decode(packed: Tensor, scales: Tensor, words: Tensor) -> None:
+        words.copy_(_decoded(entries, packed, scales))
 
-# Two functions, because torch makes a symbol of every constant that differs from one call of a
-# function to the next, and inductor then vectorizes nothing.
-
-
-def _decode_nf4(packed: Tensor, scales: Tensor, words: Tensor) -> None:
-    words.copy_(_decoded(NF4, packed, scales))
-
-
-def _decode_fp4(packed: Tensor, scales: Tensor, words: Tensor) -> None:
-    words.copy_(_decoded(FP4, packed, scales))
+    # A code object of its own for each codebook: torch makes a symbol of every constant that
+    # differs from one call of the same code to the next, and inductor then vectorizes nothing.
+    code = decode.__code__.replace(co_name=f"decode_{quant_type}")
+    own = FunctionType(code, globals(), code.co_name, None, decode.__closure__)
+    return torch.compile(own, fullgraph=True)
 
 
 def _decoded(entries: list[float], packed: Tensor, scales: Tensor) -> Tensor:

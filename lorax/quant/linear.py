@@ -3,75 +3,35 @@
     forward   W = dequantize(q);  y = x W^T + b        W lives in a scratch buffer, then is gone
     backward  W = dequantize(q);  dx = dy W            so it is decoded again
 
-Nothing of W's size is kept between the two, which is what makes QLoRA fit. The scratch is one
-buffer per thread, device and dtype, grown to the largest weight and used again by every layer: a
-fresh 64 MB buffer costs 20 ms in page faults on a CPU, more than the decoding itself.
+Nothing of W's size is kept between the two, which is what makes QLoRA fit. All layers share one
+buffer (scratch.py).
 
 On CUDA a four-bit weight is not decoded here at all: the product is one operator (ops.py), whose
 kernels decode in registers for few rows and into a scratch of their own beyond.
 """
 
-import threading
-import weakref
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax.quant import llm_int8, ops, traced
-from lorax.quant.formats import from_state_dict
-from lorax.quant.nf4 import FourBitTensor
+from lorax.backend import uses_triton
+from lorax.quant import traced
+from lorax.quant.ops import matmul_4bit
+from lorax.quant.scratch import dequantize_into_scratch
 from lorax.quant.tensor import QuantizedTensor
-
-_scratch = threading.local()
-
-
-def dequantize_into_scratch(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """Decode into this thread's scratch buffer: valid until the next call, never to be kept.
-
-    What the buffer still holds is not decoded again: DoRA asks twice for the same weight.
-    """
-    if not hasattr(_scratch, "buffers"):
-        _scratch.buffers, _scratch.held = {}, {}
-    buffers: dict[tuple[torch.device, torch.dtype], Tensor] = _scratch.buffers
-    held: dict[tuple[torch.device, torch.dtype], Any] = _scratch.held
-    key = (weight.device, dtype)
-    size = weight.shape.numel()
-    if key not in buffers or buffers[key].numel() < size:
-        with torch.inference_mode(False):
-            buffers[key] = torch.empty(size, dtype=dtype, device=weight.device)
-    out = buffers[key][:size].view(weight.shape)
-    versions = _versions(weight)
-    ref, then = held.get(key, (lambda: None, None))
-    if versions is not None and ref() is weight and then == versions:
-        return out
-    held.pop(key, None)
-    weight.dequantize(out=out)
-    held[key] = weakref.ref(weight), versions
-    return out
-
-
-def _versions(weight: QuantizedTensor) -> list[int] | None:
-    """How often each of its tensors was written to; None where torch does not count that."""
-    tensors = weight.tensors()
-    if any(tensor.is_inference() for tensor in tensors):
-        return None
-    return [tensor._version for tensor in tensors]
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        if isinstance(weight, llm_int8.Int8Tensor):  # there, x is quantized too
-            return llm_int8.linear(x, weight, bias)
-        return F.linear(x, dequantize_into_scratch(weight, x.dtype), bias)
+        return weight.linear(x, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None]:
-        (dy,) = gradients
-        dx = dy @ dequantize_into_scratch(ctx.weight, dy.dtype)
+        (dy,) = gradients  # (..., out)
+        dx = dy @ dequantize_into_scratch(ctx.weight, dy.dtype)  # (..., in)
         wants_bias = ctx.needs_input_grad[2]
         return dx, None, dy.flatten(0, -2).sum(0) if wants_bias else None
 
@@ -81,8 +41,8 @@ class QuantizedLinear(nn.Module):
 
     x is (..., in) in the compute dtype; W is dequantized to that dtype. `state_dict` writes and
     reads the weight under the names that a checkpoint gives it, bitsandbytes' where it has the
-    format. `.to(dtype)` leaves codes and scales as they are. `dtype`, the
-    weight's own unless it is set, is what `dense` gives.
+    format. `.to(dtype)` leaves codes and scales as they are. `dtype`, the weight's own unless it is
+    set, is what `dense` gives.
     """
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None):
@@ -96,18 +56,18 @@ class QuantizedLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if torch.compiler.is_compiling():
             return traced.linear(x, self.quantized, self.bias)
-        if self.has_kernels(x):
-            assert isinstance(self.quantized, FourBitTensor)
-            if self.trains_bias:
-                return ops.matmul_4bit(x, None, *self.quantized.operands()) + self.bias
-            return ops.matmul_4bit(x, self.bias, *self.quantized.operands())
-        return _FrozenLinear.apply(x, self.quantized, self.bias)
+        weight = self.quantized.operands() if uses_triton(x) else None
+        if weight is None:
+            return _FrozenLinear.apply(x, self.quantized, self.bias)
+        if self.bias is not None and self.bias.requires_grad:
+            return matmul_4bit(x, None, weight) + self.bias
+        return matmul_4bit(x, self.bias, weight)
 
     def has_kernels(self, x: Tensor) -> bool:
         """Whether a Triton kernel takes this layer's product with x: four bits, on CUDA."""
         if torch.compiler.is_compiling():
             return False  # traced.py's operator takes it
-        return isinstance(self.quantized, FourBitTensor) and ops.uses_triton(x)
+        return uses_triton(x) and self.quantized.operands() is not None
 
     @property
     def trains_bias(self) -> bool:
@@ -146,7 +106,8 @@ class QuantizedLinear(nn.Module):
         mine_start = (prefix + "weight", prefix + "SCB")
         names = [name for name in state_dict if name.startswith(mine_start)]
         mine = {name.removeprefix(prefix): state_dict[name] for name in names}
-        self.quantized = from_state_dict(mine, self.quantized.dtype).to(self.quantized.device)
+        quantized = QuantizedTensor.from_bitsandbytes(mine, self.quantized.dtype)
+        self.quantized = quantized.to(self.quantized.device)
         if self.bias is not None and bias is not None:
             self.bias.data.copy_(bias)
 

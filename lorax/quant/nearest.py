@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from lorax.errors import QuantizationError
-from lorax.quant.codebooks import midpoints
 
 CELLS = 2**16
 
@@ -56,6 +55,15 @@ class NearestTable:
         if self.order is not None:
             places = self.order.index_select(0, places.int())
         return places.view(y.shape)
+
+
+def midpoints(code: Tensor) -> Tensor:
+    """The boundaries between neighbouring values of a `code` (k,), ascending: (k - 1,) float32.
+
+    Computed in float32, as bitsandbytes does: seven of NF4's lie above the exact midpoint.
+    """
+    ascending = code.sort().values
+    return (ascending[:-1] + ascending[1:]) / 2
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:

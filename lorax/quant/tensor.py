@@ -1,24 +1,29 @@
-"""QuantizedTensor: the face that every format shows, whatever its codes and scales are.
+"""QuantizedTensor: what every format offers, whatever its codes and scales are.
 
-    FourBitTensor   nf4.py        nf4, nf4-dq, fp4, fp4-dq
-    Int8Tensor      llm_int8.py   int8
+    FourBitTensor   four_bit.py   nf4, fp4 and registered codebooks; each with "-dq" too
+    Int8Tensor      int8.py       int8
     AffineTensor    affine.py     int8-symmetric, int8-affine, int4-symmetric, int4-affine
 
-What stands behind the face never changes: a format's tensors are written once, by its `quantize`
-or from a checkpoint, and moved between devices as they are.
+A subclass registers itself by being defined: `from_bitsandbytes` asks each whether it `reads` the
+tensors at hand. `quantize.py` imports all three, and is where `lorax.QuantizedTensor` comes from.
+
+A quantized tensor never changes: its tensors are written once, by the format's `quantize` or from a
+checkpoint, and moved between devices as they are.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorax.errors import QuantizationError
-
-SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from lorax.kernels.weight import PackedWeight
+from lorax.quant.scratch import dequantize_into_scratch
 
 
 class QuantizedTensor(ABC):
@@ -29,6 +34,11 @@ class QuantizedTensor(ABC):
 
     shape: torch.Size
     dtype: torch.dtype
+    kinds: ClassVar[list[type[QuantizedTensor]]] = []
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        QuantizedTensor.kinds.append(cls)
 
     @property
     @abstractmethod
@@ -49,15 +59,40 @@ class QuantizedTensor(ABC):
 
         Args:
             dtype: of the result; by default the dtype before quantization.
-            out: a contiguous tensor of `shape` to write into. Its dtype wins.
+            out: a contiguous tensor of `shape` to write into, which saves the page faults of a
+                fresh one (20 ms for 64 MB). Its dtype wins.
 
         Raises:
             QuantizationError: `out` has another shape or device, or is not contiguous.
         """
 
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y = x W^T + b, without gradients: (..., in) -> (..., out), in x's dtype.
+
+        The weight is decoded to x's dtype, into the scratch buffer. A format that multiplies in
+        another way (int8) overrides this.
+        """
+        return F.linear(x, dequantize_into_scratch(self, x.dtype), bias)
+
+    def operands(self) -> PackedWeight | None:
+        """The tensors as the Triton kernels take them; None for a format without kernels."""
+        return None
+
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors as a checkpoint names them, with "weight" for the codes."""
+
+    @staticmethod
+    @abstractmethod
+    def reads(tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these names are those of this format's `state_dict`."""
+
+    @staticmethod
+    @abstractmethod
+    def from_state_dict(
+        tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16
+    ) -> QuantizedTensor:
+        """Read what `state_dict` gives; `dtype` (before quantization) where the tensors lack it."""
 
     def to_bitsandbytes(self) -> dict[str, Tensor]:
         """The tensors as bitsandbytes stores them.
@@ -65,7 +100,10 @@ class QuantizedTensor(ABC):
         Raises:
             QuantizationError: bitsandbytes has no such format.
         """
-        raise QuantizationError(f"bitsandbytes has no format {self.format}")
+        raise QuantizationError(
+            f"bitsandbytes has no format {self.format}; `state_dict` gives the tensors under "
+            "lorax's own names"
+        )
 
     @staticmethod
     def from_bitsandbytes(
@@ -80,9 +118,13 @@ class QuantizedTensor(ABC):
         Raises:
             QuantizationError: a tensor is missing, of the wrong dtype or size, or of no format.
         """
-        from lorax.quant.formats import from_state_dict
-
-        return from_state_dict(tensors, dtype)
+        for kind in QuantizedTensor.kinds:
+            if kind.reads(tensors):
+                return kind.from_state_dict(tensors, dtype)
+        raise QuantizationError(
+            "weight: expected one tensor weight.quant_state.bitsandbytes__nf4 or fp4 beside it, "
+            f"or SCB, or one of lorax's own; found {sorted(tensors)}"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -109,53 +151,3 @@ class QuantizedTensor(ABC):
                 f"expected a contiguous {tuple(self.shape)} on {self.device}"
             )
         return out
-
-
-def check_source(weight: Tensor, name: str, nonfinite: str = "raise") -> bool:
-    """Whether a tensor's values are all finite; refuse what cannot be quantized.
-
-    Args:
-        weight: the tensor that is to be quantized, of any shape.
-        name: what messages call it.
-        nonfinite: "raise", or "allow", and the answer may be False.
-
-    Raises:
-        QuantizationError: a dtype that is no float, an unknown policy, or values that are not
-            finite, with how many there are and where the first one stands.
-    """
-    if nonfinite not in ("raise", "allow"):
-        raise QuantizationError(f"nonfinite is {nonfinite!r}; expected 'raise' or 'allow'")
-    if weight.dtype not in SOURCE_DTYPES:
-        raise QuantizationError(
-            f"{name}: dtype {weight.dtype} cannot be quantized; "
-            "expected float32, float16 or bfloat16"
-        )
-    # A sum is finite only if all its terms are; it can overflow without them, so look again then.
-    # (bfloat16 is summed in float32 anyway; asking for that dtype makes a float32 copy first.)
-    wide = torch.float32 if weight.dtype == torch.float16 else None
-    if weight.numel() == 0 or torch.isfinite(weight.sum(dtype=wide)):
-        return True
-    bad = (~torch.isfinite(weight)).nonzero()
-    if len(bad) == 0:
-        return True
-    if nonfinite == "allow":
-        return False
-    first = bad[0].tolist()
-    raise QuantizationError(
-        f"{name}: {len(bad)} of {weight.numel()} values are not finite, the first at {first} "
-        f"({weight[tuple(first)].item()}); a quantized block cannot hold them"
-    )
-
-
-def take(
-    tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]
-) -> Tensor:
-    """The tensor of that name, whose dtype and shape must be these."""
-    if name not in tensors:
-        raise QuantizationError(f"{name} is missing; found {sorted(tensors)}")
-    tensor = tensors[name]
-    if tensor.dtype != dtype or tensor.shape != shape:
-        raise QuantizationError(
-            f"{name}: {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {tuple(shape)}"
-        )
-    return tensor

@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lorax.quant import affine, llm_int8, ops
+from lorax.backend import uses_triton
+from lorax.quant import affine, int8, ops
 from lorax.quant.double import NestedScales
-from lorax.quant.nf4 import FourBitTensor
+from lorax.quant.four_bit import FourBitTensor
+from lorax.quant.scratch import dequantize_into_scratch
 from lorax.quant.tensor import QuantizedTensor
 
 
@@ -41,8 +42,8 @@ def rebuilt(
     """The weight from its values; see above."""
     block_size, shape = sizes[0], torch.Size(sizes[1:])
     first, scales, *more = tensors
-    if format == llm_int8.FORMAT:
-        return llm_int8.Int8Tensor(first, scales, dtype)
+    if format == int8.FORMAT:
+        return int8.Int8Tensor(first, scales, dtype)
     if format in affine.FORMATS:
         zeros = more[0] if more else None
         bits = int(format[3])
@@ -58,13 +59,10 @@ def frozen_linear(
 ) -> Tensor:
     """(..., in) -> (..., out) in x's dtype; see the module."""
     weight = rebuilt(tensors, format, sizes, x.dtype)
-    if isinstance(weight, llm_int8.Int8Tensor):  # there, x is quantized too
-        return llm_int8.linear(x, weight, bias)
-    if isinstance(weight, FourBitTensor) and ops.uses_triton(x):
-        return ops.matmul_4bit(x, bias, *weight.operands())
-    from lorax.quant.linear import dequantize_into_scratch  # which imports this file
-
-    return F.linear(x, dequantize_into_scratch(weight, x.dtype), bias)
+    packed = weight.operands() if uses_triton(x) else None
+    if packed is None:
+        return weight.linear(x, bias)
+    return ops.matmul_4bit(x, bias, packed)
 
 
 @frozen_linear.register_fake
@@ -80,10 +78,10 @@ def frozen_linear_dx(
 ) -> Tensor:
     """(..., out) -> (..., in): dy W; see the module."""
     weight = rebuilt(tensors, format, sizes, dy.dtype)
-    if isinstance(weight, FourBitTensor) and ops.uses_triton(dy):
-        return ops.matmul_4bit_dx(dy, *weight.operands())
-    from lorax.quant.linear import dequantize_into_scratch
-
+    packed = weight.operands() if uses_triton(dy) else None
+    if packed is not None:
+        dx: Tensor = ops._matmul_dx(dy, *packed)
+        return dx
     return dy @ dequantize_into_scratch(weight, dy.dtype)
 
 

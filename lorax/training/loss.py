@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorax.backend import uses_triton
 from lorax.models import Model
-from lorax.quant import ops
+from lorax.training.fused_loss import cross_entropy_frozen_head
 
 CHUNK_LOGITS = 2**23  # 32 MiB in float32
 
@@ -36,8 +37,8 @@ def summed_loss(model: Model, input_ids: Tensor, labels: Tensor) -> Tensor:
 def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     """Sum of cross entropies of hidden (N, C) behind `head`, against targets (N,)."""
     if isinstance(head, nn.Linear) and not head.weight.requires_grad and head.bias is None:
-        if ops.uses_triton(hidden):
-            return ops.cross_entropy_frozen_head(hidden, head.weight, targets)
+        if uses_triton(hidden):
+            return cross_entropy_frozen_head(hidden, head.weight, targets)
         return _FrozenHeadLoss.apply(hidden, head.weight, targets)
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 

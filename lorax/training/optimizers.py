@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import nn
 
+from lorax.errors import UsageError
 from lorax.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, lora_plus_groups
 from lorax.training.metrics import Line
 from lorax.training.recipe import TrainSection
@@ -19,10 +20,23 @@ OPTIMIZERS: dict[str, type[AdamW]] = {
 
 
 def build_optimizer(model: nn.Module, settings: TrainSection) -> AdamW:
-    """The optimizer of [train], over the model's trainable parameters; one group a rate."""
-    ratio = 1.0 if settings.lora_plus_ratio is None else settings.lora_plus_ratio
+    """The optimizer of [train] over the model's trainable parameters.
+
+    One parameter group; with lora_plus_ratio two, a rate each.
+
+    Raises:
+        UsageError: nothing is trainable, or the ratio is not above 0.
+    """
+    rate, decay, ratio = settings.learning_rate, settings.weight_decay, settings.lora_plus_ratio
+    if ratio is None:
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise UsageError("train: the model has no trainable parameter; add_adapter first")
+        groups = [{"params": trainable, "lr": rate, "weight_decay": decay}]
+    else:
+        groups = lora_plus_groups(model, rate, ratio, decay)
     return OPTIMIZERS[settings.optimizer](
-        lora_plus_groups(model, settings.learning_rate, ratio, settings.weight_decay),
+        groups,
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,

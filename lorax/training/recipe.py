@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, Union, get_type_hints
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import PydanticCustomError
 
 from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.config import LoRAConfig
@@ -30,6 +31,7 @@ from lorax.adapters.config_keys import KEPT
 from lorax.adapters.prompt_config import PromptTuningConfig
 from lorax.data.kinds import Column
 from lorax.errors import AdapterError, RecipeError, require
+from lorax.quant import names
 
 
 class Section(BaseModel):
@@ -42,18 +44,16 @@ class Section(BaseModel):
 
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the home directory
 
-# lorax.quant.formats.FORMATS, written out: recipes are checked without loading torch.
-Quantization = Literal[
-    "nf4",
-    "nf4-dq",
-    "fp4",
-    "fp4-dq",
-    "int8",
-    "int8-symmetric",
-    "int8-affine",
-    "int4-symmetric",
-    "int4-affine",
-]
+
+def _known_format(name: str) -> str:
+    """The name of a format, a registered codebook's included."""
+    if name not in names.formats():
+        expected = names.listed(tuple(map(repr, names.formats())))
+        raise PydanticCustomError("format", "Input should be {expected}", {"expected": expected})
+    return name
+
+
+Quantization = Annotated[str, AfterValidator(_known_format)]
 
 
 class ModelSection(Section):

@@ -36,9 +36,24 @@ shapes = st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(
 seeds = st.integers(0, 2**31)
 
 
+def derive_nf4(offset: float = 0.9677083) -> torch.Tensor:
+    """The 16 values from the normal distribution's quantiles: (16,) float64, ascending.
+
+    `offset` is the outermost probability, printed with seven digits in the QLoRA code.
+    """
+
+    def side(count):
+        probabilities = torch.linspace(offset, 0.5, count + 1)[:-1]
+        return torch.special.ndtri(probabilities.double())
+
+    values = torch.cat([-side(7), torch.zeros(1, dtype=torch.float64), side(8)])
+    return (values / values.max()).sort().values
+
+
 def test_nf4_is_what_its_derivation_gives():
-    derived = codebooks.derive_nf4()
-    assert (derived - codebooks.nf4().double()).abs().max() <= 2**-24  # half an ulp below 1
+    derived = derive_nf4()
+    nf4 = codebooks.four_bit("nf4").double()
+    assert (derived - nf4).abs().max() <= 2**-24  # half an ulp below 1
     assert derived.numel() == 16
 
 
@@ -49,17 +64,17 @@ def test_r1_codes_are_the_nearest_for_every_16_bit_pattern(dtype):
     one = torch.ones(len(y), 1)
     # Each value in a block of its own with a 1, so that the block's scale is 1.
     block = torch.cat([y[:, None], one, torch.zeros(len(y), 30)], dim=1)
-    codes, absmax = blockwise.quantize_blockwise(block.flatten(), codebooks.nf4(), 32)
+    codes, absmax = blockwise.quantize_blockwise(block.flatten(), codebooks.four_bit("nf4"), 32)
     assert torch.equal(absmax, one.flatten())
-    assert torch.equal(codes.view(-1, 32)[:, 0], nearest_codes(y, codebooks.nf4()))
+    assert torch.equal(codes.view(-1, 32)[:, 0], nearest_codes(y, codebooks.four_bit("nf4")))
 
 
 @given(seeds, st.sampled_from(BLOCK_SIZES))
 def test_r1_codes_are_the_nearest_for_float32(seed, block_size):
     x = weights(5000, seed)
-    codes, absmax = blockwise.quantize_blockwise(x, codebooks.nf4(), block_size)
+    codes, absmax = blockwise.quantize_blockwise(x, codebooks.four_bit("nf4"), block_size)
     y = x * (1 / absmax).repeat_interleave(block_size)[: len(x)]
-    assert torch.equal(codes, nearest_codes(y.clamp(-1, 1), codebooks.nf4()))
+    assert torch.equal(codes, nearest_codes(y.clamp(-1, 1), codebooks.four_bit("nf4")))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +103,7 @@ def test_r2_with_double_quantization_the_scales_error_comes_on_top(shape, seed, 
     plain = lorax.quantize(x, "nf4", block_size)
     absmax = plain.scales().repeat_interleave(block_size)[: x.numel()].double()
     absmax2 = q.nested.absmax.repeat_interleave(256 * block_size)[: x.numel()].double()
-    code = codebooks.nf4()[q.codes().long()].double().abs()
+    code = codebooks.four_bit("nf4")[q.codes().long()].double().abs()
     error = (q.dequantize() - x).flatten().double().abs()
     # 2^-22 of the scale for the rounding of offset + r, and of the product.
     bound = WIDEST_GAP * absmax * (1 + 2**-21) + code * WIDEST_DYNAMIC_GAP * absmax2
@@ -137,8 +152,8 @@ def test_r3_any_chunking_gives_the_same_bits(n, seed, block_size, blocks_a_chunk
     out = whole.dequantize()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "CHUNK_ELEMENTS", blocks_a_chunk * block_size)
-        patch.setattr("lorax.quant.nf4.CHUNK_ELEMENTS", blocks_a_chunk * block_size)
-        patch.setattr("lorax.quant.nf4.DECODE_ELEMENTS", blocks_a_chunk * block_size)
+        patch.setattr("lorax.quant.four_bit.CHUNK_ELEMENTS", blocks_a_chunk * block_size)
+        patch.setattr("lorax.quant.decode.DECODE_ELEMENTS", blocks_a_chunk * block_size)
         parts = lorax.quantize(x, "nf4-dq", block_size)
         assert torch.equal(parts.dequantize(), out)
     for one, other in zip(whole.tensors(), parts.tensors(), strict=True):

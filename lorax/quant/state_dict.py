@@ -1,4 +1,4 @@
-"""A four-bit tensor as bitsandbytes stores it in safetensors, and back.
+"""A four-bit tensor's names on disk: bitsandbytes', and lorax's own for other codebooks.
 
     weight                               uint8 (ceil(n / 2), 1), older files (1, ceil(n / 2))
     weight.absmax                        float32 (blocks,), or uint8 with double quantization
@@ -6,9 +6,11 @@
     weight.nested_absmax                 float32 (ceil(blocks / 256),)    double quantization only
     weight.nested_quant_map              float32 (256,)                   double quantization only
     weight.quant_state.bitsandbytes__nf4 uint8: a JSON text, one byte an element (or __fp4)
+    weight.quant_state.lorax__sym4       the same, for a codebook that bitsandbytes does not have
 
 The JSON holds quant_type, blocksize, dtype and shape and, with double quantization,
-nested_blocksize, nested_dtype and nested_offset, in this order and with default spacing.
+nested_blocksize, nested_dtype and nested_offset, in this order and with default spacing. For NF4
+and FP4 these are the bytes that bitsandbytes writes.
 """
 
 from __future__ import annotations
@@ -16,61 +18,85 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorax.errors import QuantizationError
 from lorax.quant import codebooks
+from lorax.quant.blockwise import BLOCK_SIZES
+from lorax.quant.double import NestedScales
+from lorax.quant.dynamic_map import dynamic_map
 
-if TYPE_CHECKING:
-    from lorax.quant.nf4 import FourBitTensor
-
-_STATE = "weight.quant_state.bitsandbytes__"
+_STATE = "weight.quant_state."
+_OURS = "lorax__int"  # integers, which affine.py reads
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def pack(tensor: FourBitTensor) -> dict[str, Tensor]:
-    """Give the tensors under bitsandbytes' names, with "weight" for the weight."""
+def is_state(name: str) -> bool:
+    """Whether a tensor of that name holds a four-bit tensor's JSON."""
+    return name.startswith(_STATE) and not name.startswith(_STATE + _OURS)
+
+
+def state_name(quant_type: str) -> str:
+    """The name of the JSON for a codebook.
+
+    Raises:
+        QuantizationError: there is no such codebook.
+    """
+    known = codebooks.find(quant_type).bitsandbytes
+    return f"{_STATE}bitsandbytes__{known}" if known else f"{_STATE}lorax__{quant_type}"
+
+
+def pack(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: NestedScales | None,
+    quant_type: str,
+    block_size: int,
+    shape: torch.Size,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The tensors under the names above, with "weight" for the weight; see `FourBitTensor`."""
+    device = packed.device
     state: dict[str, Any] = {
-        "quant_type": tensor.quant_type,
-        "blocksize": tensor.block_size,
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
+        "quant_type": quant_type,
+        "blocksize": block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
     }
     tensors = {
-        "weight": tensor.packed.view(-1, 1),
-        "weight.absmax": tensor.absmax,
+        "weight": packed.view(-1, 1),
+        "weight.absmax": absmax,
         # a copy each time: safetensors refuses tensors that share memory
-        "weight.quant_map": codebooks.four_bit(tensor.quant_type).to(tensor.device, copy=True),
+        "weight.quant_map": codebooks.four_bit(quant_type).to(device, copy=True),
     }
-    if tensor.nested is not None:
-        tensors["weight.nested_absmax"] = tensor.nested.absmax
-        tensors["weight.nested_quant_map"] = codebooks.dynamic_map().to(tensor.device, copy=True)
+    if nested is not None:
+        tensors["weight.nested_absmax"] = nested.absmax
+        tensors["weight.nested_quant_map"] = dynamic_map().to(device, copy=True)
         state |= {
             "nested_blocksize": 256,
             "nested_dtype": "float32",
-            "nested_offset": tensor.nested.offset.item(),
+            "nested_offset": nested.offset.item(),
         }
     text = json.dumps(state).encode()
-    tensors[_STATE + tensor.quant_type] = torch.tensor(list(text), dtype=torch.uint8)
+    tensors[state_name(quant_type)] = torch.tensor(list(text), dtype=torch.uint8)
     return tensors
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Give QuantizedTensor's fields (the nested ones flat) from bitsandbytes' tensors.
+    """FourBitTensor's fields from the tensors that `pack` or bitsandbytes wrote.
 
     Raises:
-        QuantizationError: a tensor is missing, has the wrong dtype or size, or is no NF4 or FP4.
+        QuantizationError: a tensor is missing or has the wrong dtype or size, the codebook is not
+            registered, or its values are not those of the file.
     """
     state = _read_state(tensors)
-    shape = torch.Size(state["shape"])
-    block_size = state["blocksize"]
+    shape, block_size = torch.Size(state["shape"]), state["blocksize"]
     n = math.prod(shape)
     blocks = -(-n // block_size)
     double = "nested_offset" in state
-    scale_dtype = torch.uint8 if double else torch.float32
     packed = _take(tensors, "weight").contiguous().flatten().view(torch.uint8)
     if packed.numel() != (n + 1) // 2:
         raise QuantizationError(
@@ -78,43 +104,44 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         )
     code = codebooks.four_bit(state["quant_type"])
     _check_code(_take(tensors, "weight.quant_map"), code, "weight.quant_map")
-    fields: dict[str, Any] = {
+    scale_dtype = torch.uint8 if double else torch.float32
+    return {
         "packed": packed,
         "absmax": _sized(tensors, "weight.absmax", blocks, scale_dtype),
         "shape": shape,
         "dtype": _DTYPES[state["dtype"]],
         "block_size": block_size,
+        "nested": _nested(tensors, blocks, state["nested_offset"]) if double else None,
         "quant_type": state["quant_type"],
-        "nested_absmax": None,
-        "nested_offset": None,
     }
-    if double:
-        _check_code(
-            _take(tensors, "weight.nested_quant_map"),
-            codebooks.dynamic_map(),
-            "weight.nested_quant_map",
-        )
-        name = "weight.nested_absmax"
-        fields["nested_absmax"] = _sized(tensors, name, -(-blocks // 256), torch.float32)
-        fields["nested_offset"] = torch.tensor(
-            state["nested_offset"], dtype=torch.float32, device=packed.device
-        )
-    return fields
+
+
+def _nested(tensors: Mapping[str, Tensor], blocks: int, offset: float) -> NestedScales:
+    name = "weight.nested_quant_map"
+    _check_code(_take(tensors, name), dynamic_map(), name)
+    absmax = _sized(tensors, "weight.nested_absmax", -(-blocks // 256), torch.float32)
+    device = tensors["weight"].device
+    return NestedScales(absmax, torch.tensor(offset, dtype=torch.float32, device=device))
 
 
 def _read_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    names = [name for name in tensors if name.startswith(_STATE)]
-    if names not in ([_STATE + "nf4"], [_STATE + "fp4"]):
-        raise QuantizationError(f"expected one tensor {_STATE}nf4 or fp4, found {names or 'none'}")
+    names = [name for name in tensors if is_state(name)]
+    quant_type = names[0].partition("__")[2] if len(names) == 1 else ""
+    if len(names) == 1 and names[0] == f"{_STATE}lorax__{quant_type}":
+        codebooks.find(quant_type)  # says how to register it
+    if quant_type not in codebooks.CODEBOOKS or names != [state_name(quant_type)]:
+        raise QuantizationError(
+            f"expected one tensor {_STATE}bitsandbytes__nf4 or fp4, found {names or 'none'}"
+        )
     try:
         state = json.loads(bytes(tensors[names[0]].cpu().tolist()))
         shape = [int(size) for size in state["shape"]]
         block_size = int(state["blocksize"])
         valid = (
-            state["quant_type"] == names[0].removeprefix(_STATE)
+            state["quant_type"] == quant_type
             and state["dtype"] in _DTYPES
             and min(shape, default=0) >= 0
-            and block_size in (32, 64, 128, 256, 512, 1024, 2048, 4096)
+            and block_size in BLOCK_SIZES
             and state.get("nested_blocksize", 256) == 256
             and state.get("nested_dtype", "float32") == "float32"
             and math.isfinite(state.get("nested_offset", 0.0))

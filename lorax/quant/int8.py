@@ -46,11 +46,13 @@ import torch
 from torch import Tensor
 
 from lorax.errors import QuantizationError
+from lorax.quant import names
 from lorax.quant.blockwise import CHUNK_ELEMENTS
-from lorax.quant.tensor import QuantizedTensor, check_source, take
+from lorax.quant.checks import check_source, take
+from lorax.quant.tensor import QuantizedTensor
 
 THRESHOLD = 6.0
-FORMAT = "int8"
+FORMAT = names.INT8
 _SMALLEST_HALF = 2.0**-24
 # 127 * 127 * 1024 < 2^24: so many products add up in float32 without a rounding.
 _EXACT_COLUMNS = 1024
@@ -106,6 +108,39 @@ class Int8Tensor(QuantizedTensor):
         """The same as `state_dict`."""
         return self.state_dict()
 
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y = x W^T + b with x quantized too: the function `linear` of this file."""
+        return linear(x, self, bias)
+
+    @staticmethod
+    def reads(tensors: Mapping[str, Tensor]) -> bool:
+        """See `QuantizedTensor`."""
+        return "SCB" in tensors or "weight_format" in tensors
+
+    @staticmethod
+    def from_state_dict(
+        tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16
+    ) -> Int8Tensor:
+        """Read what `state_dict` gives; `weight_format` may be missing, and `dtype` is not in it.
+
+        Raises:
+            QuantizationError: a tensor is missing, damaged or in an old, tiled layout.
+        """
+        codes = tensors.get("weight")
+        if codes is None or codes.dim() != 2 or codes.dtype != torch.int8:
+            found = "missing" if codes is None else f"{codes.dtype} {tuple(codes.shape)}"
+            raise QuantizationError(f"weight: {found}; expected int8 (out, in)")
+        layout = tensors.get("weight_format", torch.zeros((), dtype=torch.uint8))
+        if layout.numel() != 1 or layout.item() != 0:
+            raise QuantizationError(
+                f"weight_format: {layout.flatten().tolist()[:4]}; lorax reads 0, codes by rows, "
+                "which bitsandbytes has written since 0.45"
+            )
+        scales = take(tensors, "SCB", torch.float32, codes.shape[:1])
+        if not torch.isfinite(scales).all():
+            raise QuantizationError("SCB: a scale is not finite")
+        return Int8Tensor(codes.contiguous(), scales, dtype)
+
 
 def quantize(
     weight: Tensor, format: str = FORMAT, *, name: str = "weight", nonfinite: str = "raise"
@@ -136,28 +171,6 @@ def quantize(
         rows = slice(start, start + step)
         codes[rows], scales[rows] = quantize_rows(half[rows])
     return Int8Tensor(codes, scales, weight.dtype)
-
-
-def from_state_dict(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Int8Tensor:
-    """Read what `Int8Tensor.state_dict` gives; `weight_format` may be missing.
-
-    Raises:
-        QuantizationError: a tensor is missing, damaged or in an old, tiled layout.
-    """
-    codes = tensors.get("weight")
-    if codes is None or codes.dim() != 2 or codes.dtype != torch.int8:
-        found = "missing" if codes is None else f"{codes.dtype} {tuple(codes.shape)}"
-        raise QuantizationError(f"weight: {found}; expected int8 (out, in)")
-    layout = tensors.get("weight_format", torch.zeros((), dtype=torch.uint8))
-    if layout.numel() != 1 or layout.item() != 0:
-        raise QuantizationError(
-            f"weight_format: {layout.flatten().tolist()[:4]}; lorax reads 0, codes by rows, "
-            "which bitsandbytes has written since 0.45"
-        )
-    scales = take(tensors, "SCB", torch.float32, codes.shape[:1])
-    if not torch.isfinite(scales).all():
-        raise QuantizationError("SCB: a scale is not finite")
-    return Int8Tensor(codes.contiguous(), scales, dtype)
 
 
 def quantize_rows(half: Tensor) -> tuple[Tensor, Tensor]:

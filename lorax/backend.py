@@ -1,0 +1,86 @@
+"""Which program computes: plain PyTorch, Triton, or a decoder compiled for the CPU.
+
+    name        tensors on a CPU                       tensors on CUDA
+    auto        PyTorch                                Triton, lorax.kernels
+    pytorch     PyTorch                                PyTorch
+    triton      Triton's interpreter (for tests)       Triton
+    compiled    PyTorch, 4-bit decoding compiled       Triton
+
+`with backend("pytorch"):` chooses inside; LORAX_KERNELS=pytorch in the environment chooses for the
+process. Triton is imported when the first kernel runs, never earlier.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lorax.errors import EnvironmentProblem, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BACKENDS = ("auto", "pytorch", "triton", "compiled")
+_forced: ContextVar[str | None] = ContextVar("lorax_kernels", default=None)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose one of BACKENDS for the calls inside.
+
+    "compiled" takes some seconds the first time a codebook is decoded.
+
+    Raises:
+        UsageError: another name.
+    """
+    if name not in BACKENDS:
+        raise UsageError(f"backend {name!r} is unknown; expected one of {BACKENDS}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether Triton computes with this tensor: on CUDA, or where that is forced.
+
+    Raises:
+        EnvironmentProblem: Triton is forced for a tensor that is not on CUDA, uninterpreted.
+        UsageError: LORAX_KERNELS holds an unknown name.
+    """
+    name = _chosen()
+    if name in ("auto", "compiled"):
+        return tensor.is_cuda
+    if name == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise EnvironmentProblem(
+            f"Triton kernels were asked for, but the tensors are on {tensor.device}; "
+            "move them to CUDA, or set TRITON_INTERPRET=1 before Python starts"
+        )
+    return name == "triton"
+
+
+def uses_compiled(tensor: Tensor) -> bool:
+    """Whether the compiled decoder writes this tensor: on a CPU, where it is asked for."""
+    return _chosen() == "compiled" and tensor.device.type == "cpu"
+
+
+def kernels_for(tensor: Tensor, name: str) -> ModuleType:
+    """The module lorax.kernels.`name`, or the oracle with the same functions, for this tensor.
+
+    lorax's own layers call an operator for CUDA tensors only. An operator that somebody calls with
+    CPU tensors (a test, torch.compile) runs the oracle, which is slow and needs no Triton.
+    """
+    return import_module(f"lorax.kernels.{name if uses_triton(tensor) else 'reference'}")
+
+
+def _chosen() -> str:
+    name = _forced.get() or os.environ.get("LORAX_KERNELS", "auto")
+    if name not in BACKENDS:
+        raise UsageError(f"LORAX_KERNELS={name!r} is unknown; expected one of {BACKENDS}")
+    return name
