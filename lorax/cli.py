@@ -83,7 +83,7 @@ def main() -> None:
     except KeyboardInterrupt as interrupt:
         line = ": ".join(["interrupted", *map(str, interrupt.args)])
         err.print(line, markup=False, highlight=False, soft_wrap=True)
-        sys.exit(130)
+        sys.exit(getattr(interrupt, "exit_code", 130))
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
         sys.exit(0)
@@ -94,6 +94,9 @@ def train(
     recipe: LocalPath,
     /,
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    resume: Annotated[
+        bool, Parameter(help="Go on from the newest checkpoint of that run.", negative="")
+    ] = False,
     dry_run: Annotated[bool, Parameter(help="Check and print the plan only.", negative="")] = False,
 ) -> None:
     """Train a recipe: lorax train recipe.toml --train.learning_rate 1e-4 --data.path my.jsonl
@@ -118,7 +121,7 @@ def train(
     from lorax.training.loop import train as run_recipe
 
     with TrainingProgress(out) as progress:
-        run = run_recipe(checked, progress)
+        run = run_recipe(checked, progress, resume=resume)
     _say(f"{run.result.name:<8} {run.result}")
     if (run.output_dir / "loss.png").is_file():
         _say(f"picture  {run.output_dir / 'loss.png'}")

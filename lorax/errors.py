@@ -84,3 +84,14 @@ class NumericalStop(LoraxError):
     """Training met a loss or gradient that is not finite, and stopped."""
 
     exit_code = 5
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work; no error of the user's, and so no LoraxError.
+
+    exit_code: 128 + the signal's number, as shells have it.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lorax.training.loop import Listener, Plan
+from lorax.training.loop import Listener
 from lorax.training.metrics import Line
+from lorax.training.plan import Plan
 
 
 class TrainingProgress(Listener):
@@ -57,12 +59,27 @@ class TrainingProgress(Listener):
         self._say(f"steps    {plan.total_steps} of {plan.recipe.train.batch_size} rows")
         self._bar.update(self._task, total=plan.total_steps)
 
+    def resumed(self, step: int, checkpoint: Path | None) -> None:
+        """Say where the run goes on."""
+        where = checkpoint.name if checkpoint is not None else "the start: there is no checkpoint"
+        self._say(f"resumed  from {where}")
+        self._bar.update(self._task, completed=step)
+
+    def said(self, text: str) -> None:
+        """Pass it on."""
+        self._say(text)
+
     def measured(self, line: Line) -> None:
         """Show a step's or an evaluation's numbers."""
         if "eval_loss" in line:
             loss, perplexity = line["eval_loss"], line["eval_perplexity"]
             self._say(
                 f"step {line['step']:>5}  held-out loss {loss:.4f}  perplexity {perplexity:.2f}"
+            )
+            return
+        if "not_finite" in line or isinstance(line["loss"], str):
+            self._say(
+                f"step {line['step']:>5}  loss {line['loss']}  grad {line['grad_norm']}  left out"
             )
             return
         text = f"loss {line['loss']:.4f}  grad {line['grad_norm']:.2f}"

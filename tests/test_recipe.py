@@ -140,9 +140,6 @@ def test_the_recipe_of_the_design_is_accepted(tmp_path):
     ("key", "value", "feature"),
     [
         ("data.packing", True, "packing"),
-        ("train.save_steps", 100, "checkpoints"),
-        ("train.keep_checkpoints", 2, "checkpoints"),
-        ("train.early_stopping_patience", 3, "early stopping"),
     ],
 )
 def test_a_feature_that_is_left_out_is_refused_by_name(key, value, feature):

@@ -21,6 +21,7 @@ the ranks. (PEFT's examples count from 0: with tfinal = 0 that step never comes 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,21 +74,39 @@ class RankAllocator:
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, watch: bool = True) -> None:
         """Count an optimizer step, and do what it asks for: watch, deal out, hold.
+
+        watch: False for a step that was left out, whose gradients mean nothing.
 
         Raises:
             AdapterError: there are no gradients.
         """
         self.step += 1
         config, step, last = self.config, self.step, self.config.last_allocation
-        if step < last:
+        if watch and step < last:
             self._watch()
         due = step == last or (config.tinit < step < last and step % config.deltaT == 0)
         if due:
             self.masks = self._deal_out(config.budget(step, len(self._layers)))
         if due or step > last:
             self._hold()
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the next steps depend on: {"step", "masks"}, and the averages by name."""
+        tensors = {f"sensitivity.{name}": t for name, t in self._sensitivity.items()}
+        tensors |= {f"uncertainty.{name}": t for name, t in self._uncertainty.items()}
+        return {"step": self.step, "masks": self.masks}, tensors
+
+    def load_state(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave, for a model set up alike."""
+        self.step, self.masks = numbers["step"], numbers["masks"]
+        kinds: dict[str, dict[str, Tensor]] = {"sensitivity": {}, "uncertainty": {}}
+        devices = {name: parameter.device for name, parameter in self._parameters()}
+        for name, tensor in tensors.items():
+            kind, _, parameter = name.partition(".")
+            kinds[kind][parameter] = tensor.to(devices[parameter])
+        self._sensitivity, self._uncertainty = kinds["sensitivity"], kinds["uncertainty"]
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -9,53 +9,53 @@ One optimizer step:
 
 The division by the whole step's tokens makes the gradient that of one large batch: a mean of means
 would weigh a short answer's tokens more.
+
+Behind a step: an evaluation and a checkpoint, where they are due. A run that ended early, by a
+signal or by force, goes on from the newest checkpoint with the same bits (snapshot.py).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import math
-import platform
 import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lorax.adapters.inject import count_parameters, embedding_weight
-from lorax.data.batches import epoch_order, micro_batches, step_batches
-from lorax.data.examples import Example, Examples, load_examples
+from lorax.adapters.inject import embedding_weight
+from lorax.data.batches import micro_batches, step_batches
+from lorax.data.examples import Example
 from lorax.data.tokenizer import Tokenizer
-from lorax.data.vocabulary import check_vocabulary, padding_id
-from lorax.errors import EnvironmentProblem, NumericalStop, RecipeError
-from lorax.formats.directory import check_free
+from lorax.data.vocabulary import padding_id
+from lorax.errors import Interrupted, NumericalStop
 from lorax.formats.huggingface import load_model, load_tokenizer
+from lorax.formats.peft import load_adapter
 from lorax.models import Model
+from lorax.training.checkpoint import clear_litter, newest_checkpoint, rotate, write_checkpoint
 from lorax.training.evaluate import evaluate
 from lorax.training.loss import summed_loss
-from lorax.training.methods import StepHook, model_dtype, result_path, save_result, set_up
-from lorax.training.metrics import Line, MetricsFile, draw_loss
+from lorax.training.methods import model_dtype, save_result
+from lorax.training.metrics import Line, MetricsFile, draw_loss, read_metrics
 from lorax.training.optimizers import build_optimizer, paging_line, set_rates
+from lorax.training.plan import Plan, prepare
 from lorax.training.recipe import Recipe
-from lorax.training.schedule import rate_factor, total_steps, warmup_steps
+from lorax.training.run_directory import RunDirectory
+from lorax.training.schedule import rate_factor, warmup_steps
+from lorax.training.signals import Signals
+from lorax.training.snapshot import (
+    Live,
+    Progress,
+    copy_tensors,
+    digest_of_rows,
+    files_of,
+    restore,
+    trained_tensors,
+)
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is going to do, once model and data are known."""
-
-    recipe: Recipe
-    examples: Examples
-    train_rows: list[Example]
-    eval_rows: list[Example]
-    total_steps: int
-    trainable: int
-    parameters: int
-    hook: StepHook
+MAX_NOT_FINITE = 10  # steps in a row that are skipped or rolled back; then the run stops
 
 
 @dataclass(frozen=True)
@@ -73,144 +73,268 @@ class Run:
 
 
 class Listener:
-    """What a run tells while it goes; override what you want to hear."""
+    """Training callbacks; override the events you need."""
 
     def planned(self, plan: Plan) -> None:
         """Everything is loaded; training is about to start."""
 
+    def resumed(self, step: int, checkpoint: Path | None) -> None:
+        """A run goes on behind `step`, from a checkpoint or (None) from its start."""
+
     def measured(self, line: Line) -> None:
         """A line of metrics.jsonl was written."""
 
+    def said(self, text: str) -> None:
+        """Something happened that a person should know: a checkpoint, an early stop."""
 
-def train(recipe: Recipe | str | Path, listener: Listener | None = None) -> Run:
+
+def train(
+    recipe: Recipe | str | Path, listener: Listener | None = None, *, resume: bool = False
+) -> Run:
     """Run a recipe (a `Recipe`, or the path of a TOML file).
+
+    Args:
+        listener: hears what happens.
+        resume: go on from the newest complete checkpoint in train.output_dir, bit for bit as if
+            the run had never stopped; from the start if there is none. A finished run stays as it
+            is, and is loaded.
 
     Raises:
         RecipeError, FormatError, DataError, AdapterError: before anything is written.
         NumericalStop: a loss or gradient was not finite; metrics.jsonl ends with that step.
-        EnvironmentProblem: the disk is full or refuses. A picture that cannot be drawn is one
-            warning in the log.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was saved first.
+        EnvironmentProblem: the disk refuses, or another run is at work in the directory.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     listener = listener or Listener()
-    output = _free_output_dir(recipe)
+    run = RunDirectory(recipe)
+    run.check(recipe, resume)
+    if resume and run.is_finished:
+        return _load_finished(recipe, run, listener)
     torch.manual_seed(recipe.train.seed)
     model, tokenizer, plan = prepare(recipe)
     listener.planned(plan)
-    metrics = _start_run(output, recipe)
-    measured = _Measured(model, tokenizer, plan, metrics, listener)
-    saved = "not saved"
+    run.begin(recipe, resume)
     try:
-        _train_steps(model, tokenizer, plan, measured)
-        # First of all what took hours; the last evaluation and the picture cannot cost it then.
-        plan.hook.finish()
-        save_result(model, tokenizer, recipe)
-        saved = "saved"
-        measured.evaluate(plan.total_steps)
+        training = Training(model, tokenizer, plan, run, listener, resume)
+        training.run_and_save(tokenizer)
+    except Interrupted:
+        raise
     except KeyboardInterrupt:
+        kept = "is saved" if run.is_finished else "is not saved"
         raise KeyboardInterrupt(
-            f"metrics so far are in {output}, the {result_path(recipe).name} was {saved}"
+            f"metrics so far are in {run.path}, the {run.result.name} {kept}; go on with: "
+            f"lorax train {run.config} --resume"
         ) from None
     finally:
-        metrics.close()
-        draw_loss(metrics.lines, output / "loss.png", warn=saved == "saved")
+        run.release()
     model.eval()
-    return Run(output, metrics.lines, model, tokenizer, result_path(recipe))
+    return Run(run.path, training.metrics.lines, model, tokenizer, run.result)
 
 
-def prepare(recipe: Recipe) -> tuple[Model, Tokenizer, Plan]:
-    """Load data and model, make trainable what the method trains, and count."""
-    settings = recipe.model
-    tokenizer = load_tokenizer(settings.path, revision=settings.revision)
-    examples, train_rows, eval_rows = _load_rows(recipe, tokenizer)
-    model = load_model(
-        settings.path,
-        model_dtype(recipe),
-        settings.device,
-        settings.quantization,
-        revision=settings.revision,
-    )
-    steps = total_steps(recipe, len(train_rows))
-    hook = set_up(model, tokenizer, recipe, steps)
-    _check_fit(model, [*train_rows, *eval_rows])
-    for row in (*train_rows, *eval_rows):
-        check_vocabulary(row.ids, embedding_weight(model).shape[0], tokenizer)
-    model.gradient_checkpointing = settings.gradient_checkpointing
-    counts = count_parameters(model)
-    plan = Plan(recipe, examples, train_rows, eval_rows, steps, *counts, hook)
-    return model, tokenizer, plan
+class Training:
+    """A run under way: what changes with each step, and the steps."""
 
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        plan: Plan,
+        run: RunDirectory,
+        listener: Listener,
+        resume: bool,
+    ):
+        self.model, self.plan, self.run, self.listener = model, plan, run, listener
+        self.settings = plan.recipe.train
+        self.pad_id = padding_id(tokenizer.pad_token_id, embedding_weight(model).shape[0])
+        self.device = next(model.parameters()).device
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(model, self.settings)
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.warmup = warmup_steps(plan.total_steps, self.settings.warmup_ratio)
+        self.rows_digest = digest_of_rows(plan.train_rows, plan.eval_rows)
+        self.live = Live(model, self.optimizer, plan.hook, Progress(), {})
+        clear_litter(run.checkpoints)
+        checkpoint = newest_checkpoint(run.checkpoints) if resume else None
+        if checkpoint is not None:
+            restore(checkpoint, self.live, self.rows_digest)
+        self.metrics = MetricsFile(run.metrics, self.live.progress.metrics_bytes)
+        if resume:
+            listener.resumed(self.live.progress.step, checkpoint)
+        self.started = time.perf_counter() - self.live.progress.seconds
 
-@dataclass(frozen=True)
-class _Measured:
-    """Where a run's numbers go: into metrics.jsonl, then to the listener."""
+    def run_steps(self) -> None:
+        """Every step that is left; a checkpoint first where a signal ends the run.
 
-    model: Model
-    tokenizer: Tokenizer
-    plan: Plan
-    metrics: MetricsFile
-    listener: Listener
+        Raises:
+            NumericalStop, Interrupted, EnvironmentProblem: as `train`.
+        """
+        progress, data = self.live.progress, self.plan.recipe.data
+        if progress.step == 0:
+            self._start()
+        self.model.train()
+        batches = step_batches(
+            self.plan.train_rows, self.settings.batch_size, self.settings.seed, data.shuffle
+        )
+        with Signals() as signals:
+            for epoch, rows in islice(batches, progress.step, self.plan.total_steps):
+                self._step(epoch, rows)
+                self._evaluate_if_due()
+                if self._has_stopped_early():
+                    break
+                self._save_if_due(signals)
 
-    def write(self, line: Line) -> None:
-        """Put a line down."""
-        self.metrics.write(line)
-        self.listener.measured(line)
+    def run_and_save(self, tokenizer: Tokenizer) -> None:
+        """The steps; then first of all what took hours is saved, and all else comes after it."""
+        saved = False
+        try:
+            self.run_steps()
+            if self.live.best:  # early stopping: those of the lowest held-out loss
+                copy_tensors(self.live.best, self.model, "the best so far")
+            self.plan.hook.finish()
+            save_result(self.model, tokenizer, self.run.result)
+            saved = True
+            if self.plan.eval_rows and not self.settings.early_stopping_patience:
+                self._evaluate()
+        finally:
+            self.metrics.close()
+            draw_loss(self.metrics.lines, self.run.picture, warn=saved)
 
-    def evaluate(self, step: int) -> None:
-        """Measure the held-out rows, if there are some."""
+    def _start(self) -> None:
+        """Before the first step: an evaluation, and where to roll back to."""
         if self.plan.eval_rows:
-            size, pad_id = self.plan.recipe.train.micro_batch_size, self.tokenizer.pad_token_id
-            self.write({"step": step, **evaluate(self.model, self.plan.eval_rows, size, pad_id)})
+            self._evaluate()
+        if self.settings.nan_policy == "rollback":
+            self._save()
 
-
-def _train_steps(model: Model, tokenizer: Tokenizer, plan: Plan, measured: _Measured) -> None:
-    settings = plan.recipe.train
-    device = next(model.parameters()).device
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(model, settings)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
-    warmup = warmup_steps(plan.total_steps, settings.warmup_ratio)
-    pad_id = padding_id(tokenizer.pad_token_id, embedding_weight(model).shape[0])
-    tokens = 0
-    started = time.perf_counter()
-    measured.evaluate(0)
-    model.train()
-    batches = step_batches(
-        plan.train_rows, settings.batch_size, settings.seed, plan.recipe.data.shuffle
-    )
-    for step, (epoch, rows) in enumerate(islice(batches, plan.total_steps), 1):
-        factor = rate_factor(settings.lr_scheduler, step - 1, plan.total_steps, warmup)
-        step_tokens = sum(row.tokens for row in rows)
-        loss = torch.zeros((), device=device)
-        for batch in micro_batches(rows, settings.micro_batch_size, pad_id):
-            batch = batch.to(device)
-            part = summed_loss(model, batch.input_ids, batch.labels) / step_tokens
-            part.backward()
-            loss += part.detach()
-        penalty = plan.hook.penalty()
+    def _step(self, epoch: float, rows: list[Example]) -> None:
+        """One optimizer step over these rows."""
+        progress = self.live.progress
+        progress.step += 1
+        factor = rate_factor(
+            self.settings.lr_scheduler, progress.step - 1, self.plan.total_steps, self.warmup
+        )
+        loss = self._backward(rows)
+        penalty = self.plan.hook.penalty()
         if penalty is not None:
             penalty.backward()
-        grad_norm = _clip(trained, settings.max_grad_norm)
-        tokens += step_tokens
+        grad_norm = _clip(self.trained, self.settings.max_grad_norm)
+        progress.tokens += sum(row.tokens for row in rows)
         line = {
-            "step": step,
+            "step": progress.step,
             "epoch": round(epoch, 6),
             "loss": loss.item(),
-            "learning_rate": settings.learning_rate * factor,
+            "learning_rate": self.settings.learning_rate * factor,
             "grad_norm": grad_norm.item(),
-            "tokens": tokens,
-            "seconds": round(time.perf_counter() - started, 3),
+            "tokens": progress.tokens,
+            "seconds": round(time.perf_counter() - self.started, 3),
         }
-        _stop_unless_finite(line, measured.metrics)
-        set_rates(optimizer, base_rates, factor)
-        optimizer.step()
-        line |= plan.hook.after_step()
-        optimizer.zero_grad()
-        measured.write(line | paging_line(optimizer))
-        due = settings.eval_steps is not None and step % settings.eval_steps == 0
-        if due and step < plan.total_steps:  # the last one comes after saving
-            measured.evaluate(step)
+        if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
+            progress.not_finite = 0
+            set_rates(self.optimizer, self.base_rates, factor)
+            self.optimizer.step()
+            line |= self.plan.hook.after_step()
+            self.optimizer.zero_grad()
+            self._measure(line | paging_line(self.optimizer))
+        else:
+            self.optimizer.zero_grad()
+            self._not_finite(line)
+
+    def _backward(self, rows: list[Example]) -> Tensor:
+        """Gradients of the rows' mean loss over their trained tokens; that loss, () float32."""
+        tokens = sum(row.tokens for row in rows)
+        loss = torch.zeros((), device=self.device)
+        for batch in micro_batches(rows, self.settings.micro_batch_size, self.pad_id):
+            batch = batch.to(self.device)
+            part = summed_loss(self.model, batch.input_ids, batch.labels) / tokens
+            part.backward()
+            loss += part.detach()
+        return loss
+
+    def _not_finite(self, line: Line) -> None:
+        """A loss or gradient that is no number: stop, leave the step out, or go back as well."""
+        policy, progress = self.settings.nan_policy, self.live.progress
+        progress.not_finite += 1
+        stated = {k: v if math.isfinite(v) else str(v) for k, v in line.items()}
+        self._measure(stated if policy == "stop" else stated | {"not_finite": policy})
+        if policy == "stop" or progress.not_finite >= MAX_NOT_FINITE:
+            raise NumericalStop(
+                f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}; "
+                "the step was not taken. A lower train.learning_rate or model.dtype = 'float32' "
+                "may help"
+            )
+        if policy == "skip":
+            self.plan.hook.skip_step()
+        else:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """The newest checkpoint's parameters and optimizer; the data goes on."""
+        now, generators = self.live.progress, torch.get_rng_state()
+        checkpoint = newest_checkpoint(self.run.checkpoints)
+        assert checkpoint is not None, "one is saved before the first step"
+        restore(checkpoint, self.live, self.rows_digest)
+        torch.set_rng_state(generators)
+        self.live.progress = now
+
+    def _evaluate_if_due(self) -> None:
+        step, every = self.live.progress.step, self.settings.eval_steps
+        due = every is not None and step % every == 0
+        is_last = step == self.plan.total_steps
+        if is_last:  # it comes behind saving, unless early stopping has to look first
+            due = self.settings.early_stopping_patience > 0
+        if self.plan.eval_rows and due:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        """Held-out loss; where early stopping watches, the parameters of the lowest are kept."""
+        progress = self.live.progress
+        size = self.settings.micro_batch_size
+        found = evaluate(self.model, self.plan.eval_rows, size, self.pad_id)
+        self._measure({"step": progress.step, **found})
+        if not self.settings.early_stopping_patience or progress.step == 0:
+            return
+        if progress.best_loss is None or found["eval_loss"] < progress.best_loss:
+            progress.best_loss, progress.since_best = found["eval_loss"], 0
+            self.live.best = {n: t.clone() for n, t in trained_tensors(self.model).items()}
+        else:
+            progress.since_best += 1
+
+    def _has_stopped_early(self) -> bool:
+        patience, progress = self.settings.early_stopping_patience, self.live.progress
+        if not patience or progress.since_best < patience:
+            return False
+        self.listener.said(
+            f"stopped early at step {progress.step}: {progress.since_best} evaluations without a "
+            f"lower held-out loss; the parameters of the lowest, {progress.best_loss:.4f}, are kept"
+        )
+        return True
+
+    def _save_if_due(self, signals: Signals) -> None:
+        step, every = self.live.progress.step, self.settings.save_steps
+        due = every > 0 and step % every == 0 and step < self.plan.total_steps
+        if due or signals.save or signals.stop is not None:
+            signals.save = False
+            self._save()
+        if signals.stop is not None:
+            raise Interrupted(
+                f"step {step} of {self.plan.total_steps} is saved in {self.run.checkpoints}; "
+                f"go on with: lorax train {self.run.config} --resume",
+                signals.stop,
+            )
+
+    def _save(self) -> None:
+        progress = self.live.progress
+        progress.seconds = time.perf_counter() - self.started
+        progress.metrics_bytes = self.metrics.sync()
+        files = files_of(self.live, self.rows_digest)
+        write_checkpoint(self.run.checkpoints, progress.step, files)
+        rotate(self.run.checkpoints, self.settings.keep_checkpoints)
+
+    def _measure(self, line: Line) -> None:
+        self.metrics.write(line)
+        self.listener.measured(line)
 
 
 def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -218,75 +342,20 @@ def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 
 
-def _stop_unless_finite(line: Line, metrics: MetricsFile) -> None:
-    if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
-        return
-    metrics.write({key: v if math.isfinite(v) else str(v) for key, v in line.items()})
-    raise NumericalStop(
-        f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}; the step "
-        "was not taken. A lower train.learning_rate or model.dtype = 'float32' may help"
-    )
-
-
-def _load_rows(
-    recipe: Recipe, tokenizer: Tokenizer
-) -> tuple[Examples, list[Example], list[Example]]:
-    """The file's examples; rows to train on; rows to evaluate on (none by default)."""
-    data = recipe.data
-    examples = load_examples(Path(data.path), tokenizer, data.max_length, data.columns)
-    if data.eval_path:
-        held_out = load_examples(Path(data.eval_path), tokenizer, data.max_length, data.columns)
-        return examples, examples.rows, held_out.rows
-    if not data.eval_fraction:
-        return examples, examples.rows, []
-    count = max(1, round(len(examples) * data.eval_fraction))
-    if count >= len(examples):
-        raise RecipeError(f"data.eval_fraction leaves none of {len(examples)} rows to train on")
-    # Drawn with an epoch number that no epoch has, so that it is no row order of the training.
-    order = epoch_order(len(examples), recipe.train.seed, 2**30, shuffle=True)
-    train = [examples.rows[i] for i in sorted(order[count:])]
-    return examples, train, [examples.rows[i] for i in sorted(order[:count])]
-
-
-def _check_fit(model: Model, rows: list[Example]) -> None:
-    longest = max(len(row.ids) for row in rows)
-    if longest > model.max_positions:
-        raise RecipeError(
-            f"data.max_length: a row has {longest} tokens, but the model's positions end at "
-            f"{model.max_positions}; set it to that or less"
+def _load_finished(recipe: Recipe, run: RunDirectory, listener: Listener) -> Run:
+    """A run that is done, as it was left."""
+    listener.said(f"{run.path} is finished; it stays as it is")
+    settings = recipe.model
+    tokenizer = load_tokenizer(settings.path, revision=settings.revision)
+    if recipe.adapter.method == "full":
+        model = load_model(run.result, model_dtype(recipe), settings.device)
+    else:
+        model = load_model(
+            settings.path,
+            model_dtype(recipe),
+            settings.device,
+            settings.quantization,
+            revision=settings.revision,
         )
-    if next(model.parameters()).dtype == torch.float16:
-        raise RecipeError(
-            "model.dtype: the checkpoint is float16, in which training overflows; "
-            "set 'bfloat16' or 'float32'"
-        )
-
-
-def _free_output_dir(recipe: Recipe) -> Path:
-    output = Path(recipe.train.output_dir)
-    check_free(output)
-    return output
-
-
-def _start_run(output: Path, recipe: Recipe) -> MetricsFile:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.toml").write_text(recipe.to_toml())
-        (output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-        return MetricsFile(output / "metrics.jsonl")
-    except OSError as error:
-        raise EnvironmentProblem(f"{output}: cannot be written ({error.strerror})") from None
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, as far as they bear on the result."""
-    names = ("lorax-finetuning", "torch", "numpy", "safetensors", "tokenizers")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "packages": {name: importlib.metadata.version(name) for name in names},
-    }
+        load_adapter(model, run.result)
+    return Run(run.path, read_metrics(run.metrics), model, tokenizer, run.result)

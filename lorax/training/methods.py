@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lorax.adapters.adalora import AdaLoRAConfig
-from lorax.adapters.inject import add_adapter
+from lorax.adapters.inject import adapter_layers, add_adapter
 from lorax.adapters.rank_allocator import RankAllocator
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import RecipeError
@@ -37,8 +37,18 @@ class StepHook:
         """The optimizer has moved, the gradients are still there. Gives more for metrics.jsonl."""
         return {}
 
+    def skip_step(self) -> None:
+        """The step was left out, because its loss or gradient was no number."""
+
     def finish(self) -> None:
         """The last step is done; the adapter is saved next."""
+
+    def state(self) -> tuple[Line, dict[str, Tensor]]:
+        """What a checkpoint has to keep of it: plain numbers, and tensors by name."""
+        return {}, {}
+
+    def load_state(self, numbers: Line, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave."""
 
 
 class AdaLoRAHook(StepHook):
@@ -60,9 +70,21 @@ class AdaLoRAHook(StepHook):
         ranks = self._allocator.ranks.values()
         return {"orthogonality": self._penalty, "mean_rank": sum(ranks) / len(ranks)}
 
+    def skip_step(self) -> None:
+        """The step counts, but its gradient says nothing about the ranks."""
+        self._allocator.update(watch=False)
+
     def finish(self) -> None:
         """Take the lost ranks out."""
         self._allocator.finish()
+
+    def state(self) -> tuple[Line, dict[str, Tensor]]:
+        """The allocator's step, ranks and averages."""
+        return self._allocator.state()
+
+    def load_state(self, numbers: Line, tensors: dict[str, Tensor]) -> None:
+        """See `state`."""
+        self._allocator.load_state(numbers, tensors)
 
 
 def set_up(model: Model, tokenizer: Tokenizer, recipe: Recipe, total_steps: int) -> StepHook:
@@ -96,16 +118,9 @@ def model_dtype(recipe: Recipe) -> str:
     return "float32" if recipe.adapter.method == "full" else str(recipe.model.dtype)
 
 
-def result_path(recipe: Recipe) -> Path:
-    """Where the run leaves what it trained."""
-    name = "model" if recipe.adapter.method == "full" else "adapter"
-    return Path(recipe.train.output_dir) / name
-
-
-def save_result(model: Model, tokenizer: Tokenizer, recipe: Recipe) -> None:
+def save_result(model: Model, tokenizer: Tokenizer, path: Path) -> None:
     """Write what was trained: the adapter, or the model with its tokenizer."""
-    path = result_path(recipe)
-    if recipe.adapter.method == "full":
-        save_model(model, path, tokenizer=tokenizer)
-    else:
+    if adapter_layers(model):
         save_adapter(model, path)
+    else:
+        save_model(model, path, tokenizer=tokenizer)

@@ -3,44 +3,94 @@
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorax.errors import EnvironmentProblem, one_line
+from lorax.errors import EnvironmentProblem, FormatError, one_line
 
 Line = dict[str, Any]
 log = logging.getLogger("lorax")
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, on the disk as soon as it is known."""
+    """metrics.jsonl: one JSON object a line, readable as soon as it is known.
 
-    def __init__(self, path: Path):
+    Args:
+        path: the file; made anew, or gone on with.
+        keep_bytes: how much of what is there stays; 0 begins anew.
+
+    Raises:
+        EnvironmentProblem: the disk is full or refuses. FormatError: the file is shorter than what
+            is to be kept, or damaged.
+    """
+
+    def __init__(self, path: Path, keep_bytes: int = 0):
         self.lines: list[Line] = []
         self._path = path
-        self._file = path.open("w", encoding="utf-8")
+        try:
+            self._file = path.open("r+b" if keep_bytes else "wb")
+            if keep_bytes:
+                self._keep(keep_bytes)
+        except OSError as error:
+            raise self._problem(error) from None
 
     def write(self, line: Line) -> None:
-        """Append a line.
-
-        Raises:
-            EnvironmentProblem: the disk is full or refuses.
-        """
+        """Append a line."""
         self.lines.append(line)
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            raise EnvironmentProblem(
-                f"{self._path}: step {line['step']} could not be written ({error.strerror}); "
-                "expected room for a line a step: free some and run again"
-            ) from None
+            raise self._problem(error) from None
+
+    def sync(self) -> int:
+        """Flush all lines to the disk; the file's length in bytes."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._problem(error) from None
+        return self._file.tell()
 
     def close(self) -> None:
         """No more lines."""
-        with contextlib.suppress(OSError):  # what `write` could not put down, and has reported
+        with contextlib.suppress(OSError):  # a full disk: `write` has said so
             self._file.close()
+
+    def _keep(self, length: int) -> None:
+        """Read the first `length` bytes, and cut off the rest."""
+        kept = self._file.read(length)
+        if len(kept) < length or not kept.endswith(b"\n"):
+            raise FormatError(
+                f"{self._path}: {len(kept)} bytes; the checkpoint was taken when it had {length}. "
+                "It was changed since; begin anew in another train.output_dir"
+            )
+        try:
+            self.lines = [json.loads(line) for line in kept.splitlines()]
+        except ValueError as error:
+            raise FormatError(f"{self._path}: damaged ({error}); begin anew elsewhere") from None
+        self._file.truncate(length)
+        self._file.seek(length)
+
+    def _problem(self, error: OSError) -> EnvironmentProblem:
+        reason = error.strerror or str(error)
+        return EnvironmentProblem(
+            f"{self._path}: cannot be written ({reason}); expected room for a line a step: free "
+            "some, then go on with --resume"
+        )
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """The lines of a metrics.jsonl.
+
+    Raises:
+        FormatError: it cannot be read, or is damaged.
+    """
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be read ({error})") from None
 
 
 def draw_loss(lines: Sequence[Line], path: Path, warn: bool = True) -> None:
@@ -61,7 +111,7 @@ def plot_loss(lines: Sequence[Line], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if isinstance(line.get("loss"), float)]
     evaluations = [line for line in lines if "eval_loss" in line]
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,32 +1,101 @@
-"""What a recipe would do, said before it does it (`lorax train --dry-run`)."""
+"""What a run is going to do: `describe` says it without loading a model, `prepare` sets it up.
 
+Both count with the same functions, so that a dry run says what the run then does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from lorax.adapters.adalora_config import AdaLoRAConfig
+from lorax.adapters.inject import count_parameters, embedding_weight
 from lorax.adapters.prompt_config import PromptTuningConfig
+from lorax.data.batches import epoch_order
+from lorax.data.examples import Example, Examples, load_examples
 from lorax.data.kinds import find_kind, rename
 from lorax.data.rows import Row, read_rows
-from lorax.formats.directory import check_free
+from lorax.data.tokenizer import Tokenizer
+from lorax.data.vocabulary import check_vocabulary
+from lorax.errors import RecipeError
+from lorax.formats.huggingface import load_model, load_tokenizer
+from lorax.models import Model
+from lorax.training.methods import StepHook, model_dtype, set_up
 from lorax.training.recipe import Recipe
+from lorax.training.run_directory import RunDirectory
 from lorax.training.schedule import total_steps
+
+_NO_EPOCH = 2**30  # held-out rows are drawn with an epoch number that no epoch has
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do, once model and data are known."""
+
+    recipe: Recipe
+    examples: Examples
+    train_rows: list[Example]
+    eval_rows: list[Example]
+    total_steps: int
+    trainable: int
+    parameters: int
+    hook: StepHook
+
+
+def prepare(recipe: Recipe) -> tuple[Model, Tokenizer, Plan]:
+    """Load data and model, make trainable what the method trains, and count."""
+    settings = recipe.model
+    tokenizer = load_tokenizer(settings.path, revision=settings.revision)
+    examples, train_rows, eval_rows = _load_rows(recipe, tokenizer)
+    model = load_model(
+        settings.path,
+        model_dtype(recipe),
+        settings.device,
+        settings.quantization,
+        revision=settings.revision,
+    )
+    steps = total_steps(recipe, len(train_rows))
+    hook = set_up(model, tokenizer, recipe, steps)
+    _check_fit(model, [*train_rows, *eval_rows])
+    for row in (*train_rows, *eval_rows):
+        check_vocabulary(row.ids, embedding_weight(model).shape[0], tokenizer)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    counts = count_parameters(model)
+    return model, tokenizer, Plan(recipe, examples, train_rows, eval_rows, steps, *counts, hook)
+
+
+def held_out(rows: int, recipe: Recipe) -> list[int]:
+    """Which of so many rows are kept from training by data.eval_fraction, in their order.
+
+    Raises:
+        RecipeError: none would be left to train on.
+    """
+    if not recipe.data.eval_fraction:
+        return []
+    count = max(1, round(rows * recipe.data.eval_fraction))
+    if count >= rows:
+        raise RecipeError(f"data.eval_fraction leaves none of {rows} rows to train on")
+    return sorted(epoch_order(rows, recipe.train.seed, _NO_EPOCH, shuffle=True)[:count])
 
 
 def describe(recipe: Recipe) -> str:
     """The resolved recipe as TOML, and what is known of the data without loading a model.
 
     Raises:
-        UsageError: the output directory is taken, as the run itself would say.
+        UsageError: the run's directory is taken. DataError: the rows cannot be read.
     """
-    check_free(Path(recipe.train.output_dir))
+    RunDirectory(recipe).check(recipe, resume=False)
     train = recipe.train
     accumulation = -(-train.batch_size // train.micro_batch_size)
     path = Path(recipe.data.path)
     rows = rename(read_rows(path), recipe.data.columns, path) if path.is_file() else None
-    held_out = round(len(rows) * recipe.data.eval_fraction) if rows else 0
-    steps = total_steps(recipe, len(rows) - held_out) if rows else recipe.train.max_steps
+    apart = len(held_out(len(rows), recipe)) if rows else 0
+    steps = total_steps(recipe, len(rows) - apart) if rows else recipe.train.max_steps
     return (
         f"{recipe.to_toml()}\n{_describe_model(recipe)}"
-        f"{_describe_data(path, rows, held_out, steps)}"
+        f"{_describe_data(path, rows, apart, steps)}"
         f"# a step: {train.batch_size} rows in {accumulation} micro-batches of at most "
         f"{train.micro_batch_size}\n"
         f"{_describe_method(recipe, steps)}"
@@ -34,12 +103,39 @@ def describe(recipe: Recipe) -> str:
     )
 
 
-def _describe_data(path: Path, rows: list[Row] | None, held_out: int, steps: int | None) -> str:
+def _load_rows(
+    recipe: Recipe, tokenizer: Tokenizer
+) -> tuple[Examples, list[Example], list[Example]]:
+    """The file's examples; rows to train on; rows to evaluate on (none by default)."""
+    data = recipe.data
+    examples = load_examples(Path(data.path), tokenizer, data.max_length, data.columns)
+    if data.eval_path:
+        other = load_examples(Path(data.eval_path), tokenizer, data.max_length, data.columns)
+        return examples, examples.rows, other.rows
+    apart = set(held_out(len(examples), recipe))
+    train = [row for index, row in enumerate(examples.rows) if index not in apart]
+    return examples, train, [examples.rows[index] for index in sorted(apart)]
+
+
+def _check_fit(model: Model, rows: list[Example]) -> None:
+    longest = max(len(row.ids) for row in rows)
+    if longest > model.max_positions:
+        raise RecipeError(
+            f"data.max_length: a row has {longest} tokens, but the model's positions end at "
+            f"{model.max_positions}; set it to that or less"
+        )
+    if next(model.parameters()).dtype == torch.float16:
+        raise RecipeError(
+            "model.dtype: the checkpoint is float16, in which training overflows; "
+            "set 'bfloat16' or 'float32'"
+        )
+
+
+def _describe_data(path: Path, rows: list[Row] | None, apart: int, steps: int | None) -> str:
     if not rows:
         return f"# {path} is not here: rows and steps are not known\n"
-    kind = find_kind(rows[0])
     return (
-        f"# {path}: {len(rows)} rows, kind: {kind.name}, {held_out} of them held out\n"
+        f"# {path}: {len(rows)} rows, kind: {find_kind(rows[0]).name}, {apart} of them held out\n"
         f"# {steps} optimizer steps, unless rows are dropped for their length\n"
     )
 

@@ -98,9 +98,10 @@ class TrainSection(Section):
     adam_epsilon: float = Field(1e-8, gt=0)
     lora_plus_ratio: float | None = Field(None, gt=0)
     eval_steps: int | None = Field(None, ge=1)
-    save_steps: int | None = None
-    keep_checkpoints: int | None = None
+    save_steps: int = Field(100, ge=0)  # 0: only where a signal asks for a checkpoint
+    keep_checkpoints: int | None = Field(2, ge=1)
     early_stopping_patience: int = Field(0, ge=0)
+    nan_policy: Literal["stop", "skip", "rollback"] = "stop"
     seed: int = Field(0, ge=0, lt=2**32)
 
 
@@ -151,9 +152,6 @@ AdapterSection: Any = Annotated[Union[tuple(_SECTIONS.values())], Field(discrimi
 # Keys whose feature is not there yet: the values that are accepted, and what the feature is.
 _NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.packing": ((False,), "packing"),
-    "train.save_steps": ((None,), "checkpoints"),
-    "train.keep_checkpoints": ((None,), "checkpoints"),
-    "train.early_stopping_patience": ((0,), "early stopping"),
 }
 
 
@@ -256,8 +254,27 @@ class Recipe(Section):
                 f"{where}: train.micro_batch_size {self.train.micro_batch_size} is larger than "
                 f"train.batch_size {self.train.batch_size}"
             )
+        if self.train.early_stopping_patience and not (
+            self.data.eval_path or self.data.eval_fraction
+        ):
+            raise RecipeError(
+                f"{where}: train.early_stopping_patience needs rows to evaluate on; give "
+                "data.eval_fraction or data.eval_path, and train.eval_steps"
+            )
+        if self.adapter.method == "adalora":
+            self._check_adalora(where)
         if self.data.eval_path and self.data.eval_fraction:
             raise RecipeError(f"{where}: give data.eval_path or data.eval_fraction, not both")
+
+    def _check_adalora(self, where: str) -> None:
+        """AdaLoRA's ranks settle by the step's number, up to the last one."""
+        for key, refused in (("early_stopping_patience", True), ("nan_policy", "rollback")):
+            value = getattr(self.train, key)
+            if value == refused or (refused is True and value):
+                raise RecipeError(
+                    f"{where}: train.{key} = {value!r}: AdaLoRA's ranks settle with the step's "
+                    "number, which that would leave behind; leave it out"
+                )
 
     def _check_full(self, where: str) -> None:
         """Full fine-tuning moves the weights themselves, by less than 16 bits can hold."""
