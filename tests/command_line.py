@@ -12,7 +12,7 @@ from lorax import cli
 def run_lorax(*arguments: Any) -> str:
     """Run a command that must end with exit code 0; what it printed."""
     out, err = io.StringIO(), io.StringIO()
-    argv = ["lorax", *map(str, arguments)]
+    argv, code = ["lorax", *map(str, arguments)], 0
     try:
         with (
             mock.patch.object(sys, "argv", argv),
@@ -21,5 +21,6 @@ def run_lorax(*arguments: Any) -> str:
         ):
             cli.main()
     except SystemExit as stop:
-        assert not stop.code, f"{' '.join(argv)}: exit code {stop.code}\n{err.getvalue()}"
+        code = stop.code
+    assert not code, f"{' '.join(argv)}: exit code {code}\n{err.getvalue()}"
     return out.getvalue()

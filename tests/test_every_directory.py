@@ -1,4 +1,4 @@
-"""A directory of every covered kind goes through the commands, and agrees with transformers and PEFT.
+"""Every covered kind of directory goes through the commands; its logits are the oracles'.
 
 The kinds are `hf_directories.TABLE` x `DIALECTS`. Each is trained for two steps, then what came of
 it is held against the oracle in float32: the base, the adapter and the merged model.

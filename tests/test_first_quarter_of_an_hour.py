@@ -23,7 +23,7 @@ def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """As in a shell of theirs, with the environment's programs in reach."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", "-c", line],
+        ["/bin/bash", "-c", line],
         cwd=cwd,
         env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""SmolLM2's directory, as transformers saves it, goes through README's commands as they stand there."""
+"""SmolLM2's directory, as transformers saves it, goes through README's commands."""
 
 import contextlib
 import json
