@@ -33,7 +33,7 @@ r = 4
 target_modules = "all-linear"
 [data]
 path = "{rows}"
-max_length = 128
+max_length = 256
 [train]
 output_dir = "{run}"
 max_steps = 2
