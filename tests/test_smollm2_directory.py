@@ -41,7 +41,9 @@ def readme_commands() -> list[str]:
     return [line for line in lines if line.startswith("lorax ") and "lorax demo" not in line]
 
 
-TRAIN, *OTHERS = readme_commands()
+COMMANDS = readme_commands()
+TRAIN = [command for command in COMMANDS if command.startswith("lorax train")]
+OTHERS = [command for command in COMMANDS if command not in TRAIN]
 
 
 def arguments(command: str) -> list[str]:
@@ -61,7 +63,8 @@ def place(smollm2_gguf, tmp_path_factory):
         (root / name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (root / "configs").symlink_to(ROOT / "configs")
     with contextlib.chdir(root):
-        run_lorax(*arguments(TRAIN))
+        for command in sorted(TRAIN, key=lambda line: "--dry-run" not in line):  # plans first
+            run_lorax(*arguments(command))
         for other in ("longer", "first", "second"):
             shutil.copytree(f"{RUN}/adapter", f"runs/{other}/adapter")
         yield root
