@@ -34,7 +34,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import torch
 import triton
@@ -107,10 +107,12 @@ class Timer:
 def run_tests() -> dict[str, Any]:
     """The kernel tests on this device, in several processes: most of their time is compiling."""
     begin = time.monotonic()
-    files = sorted((ROOT / "tests").glob("test_kernels_*.py"))
+    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
     compiled = [str(file) for file in files if file.stem == "test_kernels_compiled"]
     others = [str(file) for file in files if file.stem != "test_kernels_compiled"]
-    alone = [str(ROOT / "tests" / "test_optim_gpu.py")]  # it measures the whole device's memory
+    alone = [
+        str(ROOT / "tests" / "optim" / "test_optim_gpu.py")
+    ]  # it measures the whole device's memory
     command = [sys.executable, "-m", "pytest"]
     listing = subprocess.run(
         [*command, *others, "--collect-only", "-q", "-o", "addopts="],

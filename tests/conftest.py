@@ -30,29 +30,17 @@ else:
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-# `make quick` leaves these files out: each takes ten seconds or more.
-SLOW_FILES = (
-    "test_benchmarks",
-    "test_bitsandbytes_checkpoints",
-    "test_cli",
-    "test_configs_and_readme",
-    "test_hostile_files",
-    "test_kernels_",
-    "test_models",
-    "test_optim_",
-    "test_quant_against_bitsandbytes",
-    "test_training_against_",
-)
-
+# `make quick` leaves these folders out, and single files that mark themselves.
+SLOW_FOLDERS = {"benchmarks", "cli", "kernels", "optim"}
 
 SECONDS, SLOW_SECONDS = 120, 600  # for one test; a hang is then a failure that says where
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the slow files, limit the time; skip, and count, gpu tests where there is no CUDA."""
+    """Mark the slow folders, limit the time; skip, and count, gpu tests where there is no CUDA."""
     limits = config.pluginmanager.hasplugin("timeout")  # not on a bare GPU machine
     for item in items:
-        if item.path.stem.startswith(SLOW_FILES):
+        if item.path.parent.name in SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
         if limits and not item.get_closest_marker("timeout") and not config.option.timeout:
             slow = item.get_closest_marker("slow") is not None
@@ -86,6 +74,14 @@ def smollm2_tokenizer(smollm2_gguf):
     import lorax
 
     return lorax.load_tokenizer(smollm2_gguf)
+
+
+@pytest.fixture
+def loftq_on_a_cpu(monkeypatch):
+    """PEFT's LoftQ, made to run without CUDA."""
+    from loftq_on_cpu import loftq_on_a_cpu
+
+    return loftq_on_a_cpu(monkeypatch)
 
 
 @pytest.fixture

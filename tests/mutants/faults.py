@@ -22,8 +22,10 @@ class Fault:
     tests: str
 
 
-TRAINER = "tests/test_training_against_trainer.py -k"
-ONCE = "tests/test_once_unnoticed.py"
+TRAINER = "tests/training/test_training_against_trainer.py -k"
+PEFT, ADAPTERS = "tests/formats/test_peft.py", "tests/adapters/test_adapters.py"
+TEMPLATES, INSPECT = "tests/data/test_templates.py", "tests/inspect/test_inspect.py"
+ONCE = "tests/robustness/test_once_unnoticed.py"
 LOOP = "lorax/training/*.py"
 SCHEDULE = "lorax/training/schedule.py"
 BATCHES = "lorax/data/batches.py"
@@ -36,8 +38,8 @@ COSTS = "lorax/merging/costs.py"
 LLAMA = "lorax/models/*.py"
 GPT2 = "lorax/models/*.py"
 FORMATS = "lorax/formats/*.py"
-LABORATORY = "tests/test_merge_laboratory.py"
-MODELS = "tests/test_models.py"
+LABORATORY = "tests/merging/test_merge_laboratory.py"
+MODELS = "tests/models/test_models.py"
 
 TRAINING_FAULTS = [
     Fault(LOOP, "step - 1, ", "step, ",
@@ -82,7 +84,7 @@ TRAINING_FAULTS = [
     Fault("lorax/training/loss.py", "gradient * gradients[0], None, None",
           "gradient, None, None", "the loss's factor is lost", f"{TRAINER} cosine"),
     Fault("lorax/training/evaluate.py", "model.train(was_training)", "pass",
-          "an evaluation ends the dropout", "tests/test_training.py -k disturb"),
+          "an evaluation ends the dropout", "tests/training/test_training.py -k disturb"),
     Fault("lorax/training/evaluate.py", "model.eval()", "pass",
           "evaluations with dropout", f"{ONCE} -k dropout"),
     Fault(BATCHES, "random.Random(f\"{seed} {epoch}\")", "random.Random(f\"{seed}\")",
@@ -140,11 +142,11 @@ ADAPTER_FAULTS = [
           "if self.merged is not None and not self.training:",
           "merged weights are ignored in train mode", f"{ONCE} -k merged"),
     Fault("lorax/adapters/layer.py", "if not self.enabled:", "if False:",
-          "disabled_adapter disables nothing", "tests/test_adapters.py"),
+          "disabled_adapter disables nothing", "tests/adapters/test_adapters.py"),
     Fault(CONFIG, "alpha / math.sqrt(rank) if self.use_rslora", "alpha / rank if self.use_rslora",
-          "rsLoRA's scale is plain LoRA's", "tests/test_peft.py tests/test_adapters.py"),
+          "rsLoRA's scale is plain LoRA's", f"{PEFT} {ADAPTERS}"),
     Fault(CONFIG, "not 1 <= rank <= MAX_RANK", "not rank <= MAX_RANK", "rank 0 is taken",
-          "tests/test_adapters.py tests/test_recipe.py"),
+          "tests/adapters/test_adapters.py tests/training/test_recipe.py"),
     Fault(CONFIG, 'name == pattern or name.endswith("." + pattern)', "name.endswith(pattern)",
           "a name matches half a word", f"{ONCE} -k word"),
     Fault(CONFIG, "if re.match(rf\"(.*\\.)?({key})$\", name):",
@@ -152,12 +154,12 @@ ADAPTER_FAULTS = [
           f"{ONCE} -k pattern"),
     Fault(CONFIG, "if self.exclude_modules and _matches(self.exclude_modules, name):",
           "if False:", "exclude_modules is ignored",
-          "tests/test_adapters.py tests/test_peft_extras.py"),
+          "tests/adapters/test_adapters.py tests/formats/test_peft_extras.py"),
     Fault("lorax/adapters/merge.py", "if any(layer.merged is not None for",
           "if any(False for",
-          "merging twice is not refused", "tests/test_adapters.py"),
+          "merging twice is not refused", "tests/adapters/test_adapters.py"),
     Fault(MERGE, "if not merge:", "if merge:", "unload merges, and the other way round",
-          "tests/test_adapters.py"),
+          "tests/adapters/test_adapters.py"),
     Fault(MERGE, "if rounded_to == torch.float32 else torch.float32",
           "if rounded_to == torch.float64 else torch.float32",
           "a rounding to float32 is measured in float32, as nothing", f"{ONCE} -k rounding"),
@@ -176,38 +178,38 @@ ADAPTER_FAULTS = [
     Fault("lorax/merging/laboratory.py", "best = min(costs", "best = max(costs",
           "the worst route is taken", LABORATORY),
     Fault("lorax/adapters/dora.py", "torch.addcmul(u, scaled, more)",
-          "torch.addcmul(u, u, more)", "DoRA scales the bias too", "tests/test_dora.py"),
+          "torch.addcmul(u, u, more)", "DoRA scales the bias too", "tests/adapters/test_dora.py"),
     Fault("lorax/adapters/dora.py", "2 * scaling * mixed + scaling**2 * own",
           "2 * scaling * mixed + scaling * own", "DoRA's norm is wrong for scales but 1",
-          "tests/test_dora.py"),
+          "tests/adapters/test_dora.py"),
     Fault("lorax/optim/lora_plus.py", "(fast, learning_rate * ratio)", "(fast, learning_rate)",
-          "LoRA+ is AdamW", "tests/test_optim_lora_plus.py"),
+          "LoRA+ is AdamW", "tests/optim/test_optim_lora_plus.py"),
 ]  # fmt: skip
 
 QUANT_FAULTS = [
     Fault("lorax/quant/*.py", "scales.add_(nested.offset)", "scales",
-          "the nested scales' offset is lost", "tests/test_quant_nf4.py"),
+          "the nested scales' offset is lost", "tests/quant/test_quant_four_bit.py"),
     Fault("lorax/quant/*.py", "MAX_RMS_GROWTH = 1.05", "MAX_RMS_GROWTH = 1e9",
-          "double quantization where it is not safe", "tests/test_quant_nf4.py"),
+          "double quantization where it is not safe", "tests/quant/test_quant_four_bit.py"),
     Fault("lorax/quant/*.py", "(pairs << 4).bitwise_or_(pairs >> 8)",
           "(pairs & 15).bitwise_or_((pairs >> 8) << 4)", "nibbles are swapped",
-          "tests/test_golden_bitsandbytes.py"),
+          "tests/quant/test_golden_bitsandbytes.py"),
     Fault("lorax/quant/*.py", "half.abs() >= threshold", "half.abs() > 1e9",
-          "no outlier is kept in 16 bits", "tests/test_quant_int8.py"),
+          "no outlier is kept in 16 bits", "tests/quant/test_quant_int8.py"),
     Fault("lorax/quant/*.py", "codes.index_fill_(1, columns, 0)", "codes",
-          "outliers' columns count twice", "tests/test_quant_int8.py"),
+          "outliers' columns count twice", "tests/quant/test_quant_int8.py"),
     Fault("lorax/quant/*.py", "(nibbles[0::2] << 4) | nibbles[1::2]",
           "(nibbles[1::2] << 4) | nibbles[0::2]", "nibbles are swapped",
           f"{ONCE} -k nibbles"),
     Fault("lorax/quant/*.py", "smallest = -largest if symmetric else -largest - 1",
           "smallest = -largest", "an affine code less", f"{ONCE} -k affine"),
     Fault("lorax/optim/adamw.py", "step_size = hyper.lr / (1 - hyper.beta1**hyper.step)",
-          "step_size = hyper.lr", "no bias correction", "tests/test_optim_adamw.py"),
+          "step_size = hyper.lr", "no bias correction", "tests/optim/test_optim_adamw.py"),
     Fault("lorax/optim/adamw.py", "if hyper.maximize:", "if False:", "maximize minimizes",
-          "tests/test_optim_adamw.py"),
+          "tests/optim/test_optim_adamw.py"),
     Fault("lorax/optim/adamw8bit.py", 'if parameter.numel() < group["min_8bit_size"]',
           'if parameter.numel() > group["min_8bit_size"]', "small tensors in 8 bits, large in 32",
-          "tests/test_optim_8bit.py"),
+          "tests/optim/test_optim_8bit.py"),
 ]  # fmt: skip
 
 FILE_FAULTS = [
@@ -220,7 +222,7 @@ FILE_FAULTS = [
           "shutil.copytree(temporary, target, dirs_exist_ok=True)",
           "a rename that is no rename: half a directory after a crash", f"{ONCE} -k rename"),
     Fault(FORMATS, "if target.is_dir() and any(target.iterdir()):",
-          "if False:", "somebody's directory is written into", "tests/test_models.py"),
+          "if False:", "somebody's directory is written into", "tests/models/test_models.py"),
     Fault("lorax/formats/huggingface.py", "files = open_model_files(path, revision)",
           "files = open_model_files(path)", "the Hub's revision is dropped",
           f"{ONCE} -k revision"),
@@ -228,7 +230,7 @@ FILE_FAULTS = [
           "load_tokenizer(settings.path)", "the tokenizer is another revision's",
           f"{ONCE} -k revision"),
     Fault(FORMATS, "and quantizable(module_name, module):", "and True:",
-          "what must stay dense is quantized", "tests/test_loading_memory.py " + MODELS),
+          "what must stay dense is quantized", "tests/quant/test_loading_memory.py " + MODELS),
     Fault(FORMATS, "_check_tied(tensor, embedding, theirs)", "pass",
           "a head that differs is dropped without a word", MODELS + " -k tied"),
     Fault(FORMATS, 'in ("generation_config.json", "config.json"):',
@@ -237,23 +239,23 @@ FILE_FAULTS = [
     Fault(FORMATS, "parameter.requires_grad_(wanted)", "pass",
           "a failed load leaves the model frozen", f"{ONCE} -k failed_load"),
     Fault("lorax/formats/peft.py", 'raise AdapterError(f"{where}: {name} is not finite")', "pass",
-          "NaN in an adapter is loaded", "tests/test_peft.py tests/test_mismatch.py"),
+          "NaN in an adapter is loaded", f"{PEFT} tests/robustness/test_mismatch.py"),
     Fault(FORMATS, "if missing or unexpected:", "if missing:",
-          "a tensor without a place is ignored", "tests/test_peft.py"),
+          "a tensor without a place is ignored", "tests/formats/test_peft.py"),
     Fault(FORMATS, 'if digest is not None and digest != stated["sha256"]:',
-          "if False:", "an adapter of another base is loaded", "tests/test_fingerprint.py"),
+          "if False:", "an adapter of another base is loaded", "tests/formats/test_fingerprint.py"),
     Fault(FORMATS, "if len(below) > 1:", "if False:",
-          "one of several adapters is taken", "tests/test_peft.py tests/test_peft_extras.py"),
+          "one of several adapters is taken", f"{PEFT} tests/formats/test_peft_extras.py"),
     Fault("lorax/data/templates.py", "if not selector.select(MAX_SECONDS):",
-          "if not selector.select():", "a template may run for ever", "tests/test_templates.py"),
+          "if not selector.select():", "a template may run for ever", TEMPLATES),
     Fault("lorax/data/template_worker.py", "ImmutableSandboxedEnvironment(", "Environment(",
-          "a template is no longer in the sandbox", "tests/test_templates.py"),
+          "a template is no longer in the sandbox", TEMPLATES),
     Fault("lorax/data/template_worker.py", "if size > MAX_OUTPUT_CHARACTERS:", "if False:",
-          "a template may write without end", "tests/test_templates.py"),
+          "a template may write without end", TEMPLATES),
     Fault(EXAMPLES, "and part[-1:] != end:", "and True:", "a second end token is trained",
-          "tests/test_examples.py"),
+          "tests/data/test_examples.py"),
     Fault(EXAMPLES, "ids = tokenizer.prefix + ids", "ids = [*ids]", "no bos token in front",
-          "tests/test_examples.py"),
+          "tests/data/test_examples.py"),
     Fault("lorax/data/tokenizer.py", "and ids[:2] == [bos, bos]:", "and False:",
           "two bos tokens", f"{ONCE} -k bos"),
 ]  # fmt: skip
@@ -270,12 +272,12 @@ REPORT_FAULTS = [
     Fault("lorax/parity/difference.py", "mine.dtype == theirs.dtype and torch.equal(",
           "torch.equal(", "values of another dtype are equal", f"{ONCE} -k difference"),
     Fault("lorax/inspect/quantization.py", "return 8 * self.nbytes / self.weights",
-          "return self.nbytes / self.weights", "bytes are called bits", "tests/test_inspect.py"),
+          "return self.nbytes / self.weights", "bytes are called bits", INSPECT),
     Fault("lorax/inspect/optimizer.py", "before = 0 if resumed else getattr(last, name)",
           "before = getattr(last, name)", "a resume counts negative",
-          "tests/test_inspect_optimizer.py"),
+          "tests/inspect/test_inspect_optimizer.py"),
     Fault("lorax/cli.py", "if not report.holds:", "if False:", "verify always exits with 0",
-          "tests/test_verify.py -k json_has"),
+          "tests/parity/test_verify.py -k json_has"),
 ]  # fmt: skip
 
 FAULTS = [

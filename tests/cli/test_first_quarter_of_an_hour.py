@@ -11,7 +11,7 @@ import hf_directories
 import pytest
 from hf_directories import Cell
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"<!-- quickstart -->\n```sh\n(.*?)```\n<!-- end -->", re.DOTALL)
 
 

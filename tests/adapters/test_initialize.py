@@ -1,18 +1,14 @@
 """PiSSA, OLoRA and LoftQ against the installed PEFT; and that the base is never written to."""
 
 import copy
-import importlib.util
 import itertools
 import json
 import logging
 
-import bitsandbytes
-import peft.tuners.lora.layer
 import pytest
 import torch
 from oracles import gpt2, llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import loftq_utils
 from peft_pairs import config_as_read
 from safetensors.torch import load_file
 from torch import nn
@@ -567,28 +563,6 @@ def test_impossible_starts_are_refused_by_name(bad, word):
 
 
 # --- LoftQ ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def loftq_on_a_cpu(monkeypatch):
-    """PEFT's LoftQ runs on CUDA alone and asks for scipy, which it does not use: lift both."""
-
-    class Stays(torch.Tensor):
-        def to(self, *where, **options):
-            return super().to(**{key: v for key, v in options.items() if key != "device"})
-
-    def loftq_init(weight, **options):
-        found = inner(weight.detach().as_subclass(Stays), **options)
-        return tuple(t.as_subclass(torch.Tensor) for t in found)
-
-    inner, move = loftq_utils.loftq_init, bitsandbytes.nn.Params4bit.to
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n, *a: True if n == "scipy" else find(n, *a)
-    )
-    monkeypatch.setattr(bitsandbytes.nn.Params4bit, "to", lambda self, _: move(self, "cpu"))
-    monkeypatch.setattr(peft.tuners.lora.layer, "loftq_init", loftq_init)
-    return loftq_init
 
 
 @pytest.mark.parametrize("times", [1, 2, 5])

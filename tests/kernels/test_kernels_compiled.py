@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TARGETS = (80, 89, 90, 100)
 PRODUCTS = ("product", "dx", "LoRA")
 

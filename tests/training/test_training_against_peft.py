@@ -15,6 +15,8 @@ import lorax
 from lorax.optim.lora_plus import lora_plus_groups
 from lorax.training.loss import summed_loss
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 
 

@@ -11,7 +11,7 @@ import kernel_testing  # noqa: F401  first: it mends the interpreter
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROWS = {"lorax AdamW", "lorax AdamW8bit", "lorax PagedAdamW", "lorax PagedAdamW8bit"}
 
 
@@ -112,7 +112,7 @@ def test_the_gpu_tests_are_collected_with_the_kernels(suite):
     assert "test_optim_gpu.py" in source
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=",
-         Path(__file__).parent / "test_optim_gpu.py"],
+         Path(__file__).parents[1] / "optim/test_optim_gpu.py"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

@@ -13,7 +13,7 @@ import lorax
 from lorax.data.examples import load_examples
 from lorax.errors import LoraxError
 
-DOCS = (Path(__file__).parent.parent / "docs/files.md").read_text()
+DOCS = (Path(__file__).parents[2] / "docs/files.md").read_text()
 TABLE = dict(re.findall(r"^\| ([^|]+) \| `([^`]+)`", DOCS.split("\n## Refused\n")[1], re.M))
 
 

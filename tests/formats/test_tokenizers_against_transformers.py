@@ -516,7 +516,7 @@ def test_templates_see_all_special_tokens(tmp_path):
     ],
 )
 def test_only_loraxerror_escapes_from_mutated_files(tmp_path, name):
-    from test_hostile_files import mutated
+    from mutating import mutated
 
     files = {
         "special_tokens_map": {"eos_token": old("</s>"), "extra_special_tokens": ["<tool>"]},

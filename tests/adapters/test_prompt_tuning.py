@@ -9,8 +9,8 @@ from oracles import gpt2, llama, tokens
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from peft_pairs import config_as_read
 from safetensors.torch import load_file, save_file
-from test_training import folder as folder
-from test_training import recipe
+from tiny_runs import folder as folder
+from tiny_runs import recipe
 from tiny_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM
 

@@ -16,6 +16,8 @@ from lorax.errors import QuantizationError
 from lorax.quant import codebooks
 from lorax.quant.dynamic_map import dynamic_map
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(64, 64), (64, 160), (3, 5), (1,), (7,), (129, 33), (100, 1000), (5, 7, 3), (2, 4096)]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 KINDS = ("nf4", "fp4")

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_initialize import loftq_on_a_cpu  # noqa: F401 - a fixture
 from variants import Variant, by_lorax, by_peft, make_base
 
 import lorax
@@ -321,7 +320,7 @@ def test_loftq_on_a_cpu_is_peft_s_refusal_with_its_reason(run, tmp_path):
 
 
 @pytest.mark.parametrize("who", ["peft", "lorax"])
-def test_loftq_holds_where_peft_can_load_it(who, tmp_path, loftq_on_a_cpu):  # noqa: F811
+def test_loftq_holds_where_peft_can_load_it(who, tmp_path, loftq_on_a_cpu):
     torch.manual_seed(0)
     base = make_base(tmp_path / "base", "llama")
     variant = Variant("llama", Q | LOFTQ)

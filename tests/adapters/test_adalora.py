@@ -13,8 +13,8 @@ from oracles import gpt2, llama, tokens
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft_pairs import config_as_read
 from safetensors.torch import load_file
-from test_training import folder as folder
-from test_training import recipe
+from tiny_runs import folder as folder
+from tiny_runs import recipe
 from transformers import AutoModelForCausalLM
 
 import lorax

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 import lorax
 from lorax.errors import FormatError, UnsupportedModel, UsageError
 
+pytestmark = pytest.mark.slow
+
 # float32 on tiny models: a few hundred roundings of values around 1.
 TINY = 1e-5
 

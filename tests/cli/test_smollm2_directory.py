@@ -15,7 +15,7 @@ from command_line import run_lorax
 import lorax
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RUN = "runs/smollm2-qlora"
 ROWS = [

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 if importlib.util.find_spec("lorax") is None:
     sys.path.insert(0, str(ROOT))
 if importlib.util.find_spec("lorax.kernels") is None:  # a bare GPU machine: lorax is not installed

@@ -10,15 +10,15 @@ import torch
 from oracles import llama, tokens
 
 import lorax
-from lorax.adapters.routes import Route
 from lorax.backend import backend
 from lorax.errors import QuantizationError, RecipeError, UsageError
 from lorax.formats.quantize_model import quantize_model
+from lorax.inspect.quantization import inspect_quantization
+from lorax.merging.routes import Route
 from lorax.quant import codebooks
 from lorax.quant.blockwise import dequantize_blockwise
 from lorax.quant.linear import QuantizedLinear
 from lorax.training.recipe import Recipe
-from lorax.verify.quantization import inspect_quantization
 
 SYM4 = [(2 * code - 15) / 15 for code in range(16)]  # equal steps, no zero
 SHUFFLED = SYM4[8:] + SYM4[:8]  # in another order, as FP4's

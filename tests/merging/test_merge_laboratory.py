@@ -15,10 +15,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from bitsandbytes_files import EVEN, assert_same_weights, exact, logits, opened, settings
 from oracles import gpt2, llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_bitsandbytes_checkpoints import EVEN, assert_same_weights, exact, logits, opened, settings
 from tiny_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM
 

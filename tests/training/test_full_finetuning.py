@@ -6,8 +6,8 @@ import pytest
 import torch
 from oracles import gpt2, llama, tokens
 from test_recipe import build, refused
-from test_training import folder as folder
-from test_training import recipe
+from tiny_runs import folder as folder
+from tiny_runs import recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorax

@@ -26,8 +26,8 @@ listed here, and a test holds that it is there:
     a mean of means                     test_training::test_micro_batches_change_no_result
     LoRA+ with ratio 1 not AdamW        test_optim_lora_plus::test_ratio_1_is_adamw_bit_for_bit
     packed NF4 held as bfloat16         test_bitsandbytes_checkpoints::test_every_storage_dtype
-                                        test_quant_nf4::test_linear_keeps_its_codes_when_the_module_changes_dtype
-    int32 offsets                       test_quant_nf4::test_r8_more_than_2_31_values
+                                        test_quant_four_bit::test_linear_keeps_its_codes_when_the_module_changes_dtype
+    int32 offsets                       test_quant_four_bit::test_r8_more_than_2_31_values
     packing, where it is not built      test_recipe::test_a_feature_that_is_left_out_is_refused_by_name
 """  # noqa: E501  # names in full, so that they can be searched for
 
@@ -57,7 +57,8 @@ LAYER = "base_model.model.model.layers.1.self_attn.q_proj"
 @pytest.mark.parametrize("name", re.findall(r"test_\w+::test_\w+", __doc__))
 def test_the_cases_of_other_files_are_there(name):
     file, _, test = name.partition("::")
-    source = (Path(__file__).parent / f"{file}.py").read_text()
+    (path,) = Path(__file__).parents[1].rglob(f"{file}.py")
+    source = path.read_text()
     assert re.search(rf"^def {test}\(", source, re.MULTILINE)
 
 
