@@ -4,6 +4,7 @@ import ast
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mutating import mutated
 from safetensors.torch import save_file
 from tiny_tokenizer import CHATML, byte_tokenizer
 
@@ -592,6 +594,56 @@ FILES = {
 }
 
 
+@pytest.mark.parametrize("name", [*FILES, "model.gguf as a tokenizer"])
+def test_only_loraxerror_escapes_from_mutated_files(good, tmp_path, name):
+    root = tmp_path / "mutated"
+    shutil.copytree(good, root)
+    file = root / name.partition(" ")[0]
+    load = _load_gguf_tokenizer if " " in name else FILES[name]
+    content = file.read_bytes()
+    load(root)  # unharmed, it loads
+    chance = random.Random(name)
+    refused = 0
+    for number in range(MUTATIONS):
+        file.write_bytes(mutated(content, chance))
+        try:
+            load(root)
+        except LoraxError:
+            refused += 1
+        except BaseException as error:
+            pytest.fail(f"mutation {number}: {error!r} escaped from {file.read_bytes()[:3000]!r}")
+    assert refused > MUTATIONS // 20 or name.endswith(".jinja")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"general__architecture": "gemma"},
+        {"general__architecture": 3},
+        {"block_count": 2**31 - 1},
+        {"block_count": 0},
+        {"block_count": -1},
+        {"block_count": 2},
+        {"block_count": "1"},
+        {"embedding_length": 32},
+        {"embedding_length": 2**31 - 1},
+        {"head_count": 0},
+        {"head_count": 3},
+        {"head_count": 8},
+        {"head_count": -2},
+        {"head_count_kv": 2},
+        {"head_count_kv": 0},
+        {"feed_forward_length": "x"},
+        {"feed_forward_length": 25},
+        {"context_length": 0},
+        {"layer_norm_rms_epsilon": "x"},
+        {"layer_norm_rms_epsilon": 0.0},
+        {"freq_base": -1.0},
+        {"freq_base": float("nan")},
+        {"freq_base": float("inf")},
+    ],
+    ids=str,
+)
 def test_an_impossible_gguf_config_is_refused(good, tmp_path, changes):
     tensors = lorax.load_model(good / "base").state_dict()
     del tensors["lm_head.weight"]
