@@ -324,7 +324,7 @@ def merge(
 inspect = App(
     name="inspect",
     help="Look into a model, an adapter or a run: lorax inspect quantization MODEL, "
-    "... adapter PATH, ... optimizer RUN",
+    "... adapter PATH, ... optimizer RUN, ... data RECIPE, ... loss RECIPE, ... diff RUN RUN",
 )
 app.command(inspect)
 
@@ -409,11 +409,77 @@ def inspect_optimizer(path: str, /, *, json: Json = False) -> None:
     if json:
         print(report.to_json(found))
         return
-    for part in report.parts(found):
-        if isinstance(part, str):
-            _say(part)
-        else:
-            out.print(part)
+    _show(report.parts(found))
+
+
+@inspect.command(name="data")
+def inspect_data(
+    recipe: LocalPath,
+    /,
+    *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    show: Annotated[int, Parameter(help="How many rows to show token by token.")] = 3,
+    max_truncated: Annotated[
+        float, Parameter(help="The share of rows whose answers may be cut.")
+    ] = 0.1,
+    html: Annotated[LocalPath | None, Parameter(help="Write the page there, too.")] = None,
+    json: Json = False,
+) -> None:
+    """What a recipe's rows become: tokens, loss mask, lengths; exit code 1 where rows are wrong.
+
+    Parameters
+    ----------
+    recipe
+        A TOML file; its keys can be given by their paths, as for train.
+    """
+    from lorax.inspect import data as report
+    from lorax.training.recipe import Recipe
+
+    checked = Recipe.load(recipe, parse_overrides(overrides))
+    found = report.inspect_data(checked, show, max_truncated)
+    if html is not None:
+        report.write_html(found, html)
+    _show(found.as_dict() if json else report.parts(found))
+    if html is not None and not json:
+        _say(f"page  {html}")
+    sys.exit(0 if found.holds else 1)
+
+
+@inspect.command(name="loss")
+def inspect_loss(
+    recipe: LocalPath,
+    /,
+    *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    json: Json = False,
+) -> None:
+    """Whether loss and gradients of a step depend on micro-batches, padding or order; 1 if so.
+
+    Parameters
+    ----------
+    recipe
+        A TOML file; its keys can be given by their paths, as for train.
+    """
+    from lorax.inspect import loss as report
+    from lorax.training.recipe import Recipe
+
+    found = report.inspect_loss(Recipe.load(recipe, parse_overrides(overrides)))
+    _show(found.as_dict() if json else report.parts(found))
+    sys.exit(0 if found.holds else 1)
+
+
+@inspect.command(name="diff")
+def inspect_diff(first: LocalPath, second: LocalPath, /, *, json: Json = False) -> None:
+    """The first step and tensor in which two runs with train.digests differ; 1 if they do.
+
+    Parameters
+    ----------
+    first, second
+        Two runs' directories.
+    """
+    from lorax.inspect.runs import compare_runs
+
+    found = compare_runs(first, second)
+    _show(found.as_dict() if json else [found.verdict])
+    sys.exit(0 if found.holds else 1)
 
 
 adapter = App(name="adapter", help="Calculate with adapters: lorax adapter add A B --output SUM")
@@ -667,6 +733,18 @@ def _tell(text: str) -> None:
 def _note(text: str) -> None:
     if err.is_terminal:
         err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show(found: Any) -> None:
+    """One JSON object, or lines and tables in order."""
+    if isinstance(found, dict):
+        _print_json(found)
+        return
+    for part in found:
+        if isinstance(part, str):
+            _say(part)
+        else:
+            out.print(part, soft_wrap=isinstance(part, Text))
 
 
 def _print_json(value: dict[str, Any]) -> None:

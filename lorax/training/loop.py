@@ -35,6 +35,7 @@ from lorax.formats.huggingface import load_model, load_tokenizer
 from lorax.formats.peft import load_adapter
 from lorax.models import Model
 from lorax.training.checkpoint import clear_litter, newest_checkpoint, rotate, write_checkpoint
+from lorax.training.digests import StepDigests
 from lorax.training.evaluate import evaluate
 from lorax.training.loss import summed_loss
 from lorax.training.methods import model_dtype, save_result
@@ -160,6 +161,9 @@ class Training:
         if checkpoint is not None:
             restore(checkpoint, self.live, self.rows_digest)
         self.metrics = MetricsFile(run.metrics, self.live.progress.metrics_bytes)
+        self.digests = None
+        if self.settings.digests:
+            self.digests = StepDigests(run.digests, model, self.live.progress.step)
         if resume:
             listener.resumed(self.live.progress.step, checkpoint)
         self.started = time.perf_counter() - self.live.progress.seconds
@@ -199,6 +203,8 @@ class Training:
                 self._evaluate()
         finally:
             self.metrics.close()
+            if self.digests is not None:
+                self.digests.close()
             draw_loss(self.metrics.lines, self.run.picture, warn=saved)
 
     def _start(self) -> None:
@@ -215,10 +221,14 @@ class Training:
         factor = rate_factor(
             self.settings.lr_scheduler, progress.step - 1, self.plan.total_steps, self.warmup
         )
+        if self.digests is not None:
+            self.digests.begin(progress.step, rows)
         loss = self._backward(rows)
         penalty = self.plan.hook.penalty()
         if penalty is not None:
             penalty.backward()
+        if self.digests is not None:
+            self.digests.gradients()
         grad_norm = _clip(self.trained, self.settings.max_grad_norm)
         progress.tokens += sum(row.tokens for row in rows)
         line = {
@@ -240,6 +250,8 @@ class Training:
         else:
             self.optimizer.zero_grad()
             self._not_finite(line)
+        if self.digests is not None:
+            self.digests.finish()
 
     def _backward(self, rows: list[Example]) -> Tensor:
         """Gradients of the rows' mean loss over their trained tokens; that loss, () float32."""

@@ -103,6 +103,7 @@ class TrainSection(Section):
     early_stopping_patience: int = Field(0, ge=0)
     nan_policy: Literal["stop", "skip", "rollback"] = "stop"
     seed: int = Field(0, ge=0, lt=2**32)
+    digests: bool = False
 
 
 # What a method's config has that a recipe does not say: the run or the model does, or the method

@@ -3,6 +3,7 @@
     config.toml         the recipe, resolved: training it again repeats the run
     environment.json    versions and machine
     metrics.jsonl       a line an optimizer step, and one an evaluation
+    digests.jsonl       what each step computed with, where train.digests asks for it
     loss.png            their picture
     checkpoints/        step-00000050/ ... (lorax/training/checkpoint.py)
     adapter/            what was trained, as a PEFT directory; after full fine-tuning model/
@@ -27,7 +28,9 @@ from lorax.formats.directory import check_free
 from lorax.training.recipe import Recipe
 
 # What a run that goes on may change without becoming another run.
-FREE_KEYS = ("train.output_dir", "train.save_steps", "train.keep_checkpoints")
+FREE_KEYS = tuple(
+    f"train.{key}" for key in ("output_dir", "save_steps", "keep_checkpoints", "digests")
+)
 
 
 class RunDirectory:
@@ -38,6 +41,7 @@ class RunDirectory:
         self.config = self.path / "config.toml"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.digests = self.path / "digests.jsonl"
         self.picture = self.path / "loss.png"
         self.checkpoints = self.path / "checkpoints"
         self.result = self.path / ("model" if recipe.adapter.method == "full" else "adapter")

@@ -9,10 +9,10 @@ from unittest import mock
 from lorax import cli
 
 
-def run_lorax(*arguments: Any) -> str:
-    """Run a command that must end with exit code 0; what it printed."""
+def run_lorax(*arguments: Any, code: int = 0) -> str:
+    """Run a command that must end with this exit code; what it printed."""
     out, err = io.StringIO(), io.StringIO()
-    argv, code = ["lorax", *map(str, arguments)], 0
+    argv, found = ["lorax", *map(str, arguments)], 0
     try:
         with (
             mock.patch.object(sys, "argv", argv),
@@ -21,6 +21,6 @@ def run_lorax(*arguments: Any) -> str:
         ):
             cli.main()
     except SystemExit as stop:
-        code = stop.code
-    assert not code, f"{' '.join(argv)}: exit code {code}\n{err.getvalue()}"
+        found = stop.code or 0
+    assert found == code, f"{' '.join(argv)}: exit code {found}\n{err.getvalue()}"
     return out.getvalue()
