@@ -124,9 +124,13 @@ def pieces(row: Example, tokenizer: Tokenizer, special: set[int]) -> list[Piece]
     shown, before = [], ""
     for place, (token, trained) in enumerate(zip(row.ids, row.trained, strict=True)):
         text = tokenizer.decode(row.ids[: place + 1])
-        whole = text.startswith(before) and not text.endswith("\ufffd")
-        gained = text[len(before) :] if whole else tokenizer.decode([token])
-        before = text if whole else before
+        is_last = place + 1 == len(row.ids)
+        if text.endswith("\ufffd") and not is_last:
+            gained = ""  # part of a character, which the token that completes it shows
+        elif text.startswith(before):
+            gained, before = text[len(before) :], text
+        else:  # a decoder that changes what stands before
+            gained, before = tokenizer.decode([token]), text
         shown.append(Piece(gained, token, trained, token in special))
     return shown
 
@@ -181,7 +185,12 @@ def parts(report: DataReport) -> Iterator[str | Text | Table]:
     for number, row in enumerate(report.shown, 1):
         yield f"row {number}: trained tokens are green, special ones underlined"
         yield _coloured(row)
-    yield _numbers(report)
+    total, trained = sum(report.lengths), sum(report.trained)
+    yield (
+        f"{total:,} tokens, {trained:,} trained ({100 * trained / total:.1f} %); "
+        f"{report.truncated} rows cut at data.max_length, {report.dropped} dropped"
+    )
+    yield _histogram(report)
     for finding in report.findings:
         word = "error" if finding.is_error else "note"
         yield f"{word}: {finding.what} ({finding.rows} rows, the first is row {finding.first})"
@@ -197,16 +206,12 @@ def _coloured(row: list[Piece]) -> Text:
     return text
 
 
-def _numbers(report: DataReport) -> Table:
+def _histogram(report: DataReport) -> Table:
     table = Table("tokens", "rows", "", box=None)
-    most = max(count for _, count in histogram(report.lengths))
-    for label, count in histogram(report.lengths):
+    bins = histogram(report.lengths)
+    most = max(count for _, count in bins)
+    for label, count in bins:
         table.add_row(label, str(count), "█" * round(30 * count / most))
-    total, trained = sum(report.lengths), sum(report.trained)
-    table.caption = (
-        f"{total:,} tokens, {trained:,} trained ({100 * trained / total:.1f} %); "
-        f"{report.truncated} rows cut, {report.dropped} dropped"
-    )
     return table
 
 
