@@ -176,7 +176,10 @@ def histogram(lengths: list[int]) -> list[tuple[str, int]]:
     """Rows by their number of tokens: ("1-32", 5), ..., in at most a dozen equal steps."""
     step = max(1, -(-max(lengths) // _BINS))
     counts = Counter((length - 1) // step for length in lengths)
-    return [(f"{bin * step + 1}-{(bin + 1) * step}", counts[bin]) for bin in range(max(counts) + 1)]
+    return [
+        (f"{bin * step + 1}-{(bin + 1) * step}", counts[bin])
+        for bin in range(min(counts), max(counts) + 1)
+    ]
 
 
 def parts(report: DataReport) -> Iterator[str | Text | Table]:
