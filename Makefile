@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 READY := .venv/ready
 
-.PHONY: setup demo test quick lint mutants bench gpu clean
+.PHONY: setup demo test quick nightly lint mutants bench gpu clean
 
 setup: $(READY)
 
@@ -16,8 +16,16 @@ test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # What a person runs before each commit: under a minute.
+# The whole way first, so that what is broken through and through says so within half a minute.
 quick: $(READY) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_end_to_end.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" -x
+
+# What takes too long for each change: more examples, more mutated files, 50 kills, every fault.
+nightly: $(READY) lint
+	HYPOTHESIS_PROFILE=nightly LORAX_MUTATIONS=3000 LORAX_KILLS=50 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py
 
 lint: $(READY)
 	$(BIN)/ruff check lorax kernels tests benchmarks

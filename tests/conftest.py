@@ -77,6 +77,12 @@ def smollm2_tokenizer(smollm2_gguf):
 
 
 @pytest.fixture
+def no_picture(monkeypatch):
+    """Runs without loss.png, whose drawing takes longer than their steps."""
+    monkeypatch.setattr("lorax.training.loop.draw_loss", lambda lines, path, warn: None)
+
+
+@pytest.fixture
 def loftq_on_a_cpu(monkeypatch):
     """PEFT's LoftQ, made to run without CUDA."""
     from loftq_on_cpu import loftq_on_a_cpu

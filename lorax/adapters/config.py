@@ -189,6 +189,18 @@ class LoRAConfig(PeftKeywords):
                 f"'pissa_niter_K', 'olora' and 'loftq', and loads {', '.join((*SETTLED, *LOST))}"
             )
 
+    def check_start(self) -> None:
+        """Refuse a start that only a loaded adapter can have had.
+
+        Raises:
+            AdapterError: see above.
+        """
+        if self.init_lora_weights in (*SETTLED, *LOST):
+            raise AdapterError(
+                f"init_lora_weights = {self.init_lora_weights!r}: lorax loads such an adapter, and "
+                "starts none; take true, 'gaussian', 'pissa', 'olora' or 'loftq'"
+            )
+
     def _check_loftq(self) -> None:
         """Fill in PEFT's defaults, refuse what is not covered."""
         if self.init_lora_weights != "loftq":

@@ -53,11 +53,7 @@ def add_adapter(
     if isinstance(config, PromptTuningConfig):
         add_prompt(model, config, tokenizer)
         return
-    if config.init_lora_weights in (*SETTLED, *LOST):
-        raise AdapterError(
-            f"init_lora_weights = {config.init_lora_weights!r}: lorax loads such an adapter, and "
-            "starts none; take true, 'gaussian', 'pissa', 'olora' or 'loftq'"
-        )
+    config.check_start()
     config = expand_targets(model, config)
     check_fit(model, config)
     for line in missing_patterns(config, find_targets(model, config)):

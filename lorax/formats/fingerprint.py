@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.started import LoftQLinear
 from lorax.adapters.tables import is_language_model
 from lorax.errors import AdapterError, EnvironmentProblem, FormatError, LoraxError
 from lorax.formats.bitsandbytes import QuantizedFiles
@@ -177,9 +178,12 @@ def check_base(found: Mapping[str, Any], model: nn.Module, where: str) -> None:
 def quantization(model: nn.Module) -> str | None:
     """The formats of the model's quantized Linears, "nf4" or "nf4+nf4-dq"; None if there are none.
 
-    What double quantization left with float32 scales is counted with the rest.
+    What double quantization left with float32 scales is counted with the rest. LoftQ's own copies
+    are not the base's: that one is plain, and has to be when the adapter is loaded.
     """
-    found = {m.quantized.format for m in model.modules() if isinstance(m, QuantizedLinear)}
+    own = {m.quantized for m in model.modules() if isinstance(m, LoftQLinear)}
+    linears = {m for m in model.modules() if isinstance(m, QuantizedLinear)} - own
+    found = {linear.quantized.format for linear in linears}
     found -= {name.removesuffix("-dq") for name in found if name.endswith("-dq")}
     return "+".join(sorted(found)) or None
 

@@ -25,6 +25,7 @@ from lorax.parity import causes
 from lorax.parity.difference import (
     COMPUTED,
     COMPUTED_BOUND,
+    DECODED,
     EXACT,
     GRADIENT,
     REQUANTIZED,
@@ -140,13 +141,15 @@ class _Comparison:
             if part not in other or one[part].shape != other[part].shape:
                 yield self._one_sided(path, "base", part, part in one)
                 continue
-            gap = _exact(one[part], other[part])
+            decoded = bool(packed[0]) and part == "weight"
+            gap = (_decoded if decoded else _exact)(one[part], other[part])
             note = "" if gap.equal else self._why_base(path, part, one[part], other[part], packed)
             if decomposed and part == "weight":
                 note = "" if gap.relative <= DECOMPOSED_BOUND else note
                 yield Check(path, "base", part, gap, DECOMPOSED_BOUND, DECOMPOSED, note)
             else:
-                yield Check(path, "base", part, gap, 0.0, EXACT, note)
+                source = DECODED if decoded else EXACT
+                yield Check(path, "base", part, gap, 0.0, source, note)
 
     def _why_base(
         self, path: str, part: str, one: Tensor, other: Tensor, packed: tuple[Named, Named]
@@ -312,6 +315,11 @@ def _right(one: Tensor, other: Tensor, file: Tensor | None) -> str:
         return ""
     equal = [who for who, t in (("lorax", one), ("PEFT", other)) if torch.equal(t, file)]
     return f"; {equal[0]} has the file's values" if len(equal) == 1 else ""
+
+
+def _decoded(mine: Tensor, theirs: Tensor) -> Difference:
+    """`_exact`, but that a zero has no sign: adding 0 leaves all else as it is."""
+    return _exact(mine + 0.0, theirs + 0.0)
 
 
 def _exact(mine: Tensor, theirs: Tensor) -> Difference:

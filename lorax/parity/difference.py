@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 EXACT = "read from the files, nothing is rounded: equal to the bit"
+DECODED = (
+    "decoded from the same 4-bit codes, rounded once: equal to the bit, but for the sign of FP4's "
+    "second zero, which differs between bitsandbytes' own decoders"
+)
 SCALING = "one division in float64"
 WEIGHT = (
     "r products summed in another order (1e-5 of the adapter's own effect), and four roundings a "

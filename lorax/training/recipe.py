@@ -218,6 +218,8 @@ class Recipe(Section):
             values["total_step"] = total_steps
         try:
             made = config(**values)
+            if isinstance(made, LoRAConfig):
+                made.check_start()
             if isinstance(made, AdaLoRAConfig):
                 made.check_that_ranks_fall()
         except AdapterError as error:

@@ -10,8 +10,12 @@ from safetensors.torch import load_file
 import lorax
 from lorax.errors import AdapterError, FormatError, NumericalStop, RecipeError, UsageError
 from lorax.training import loop
+from lorax.training.loop import Listener
+from lorax.training.metrics import read_metrics
 
-ADALORA = {"method": "adalora", "init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 3, "deltaT": 2,
+pytestmark = pytest.mark.usefixtures("no_picture")
+
+ADALORA = {"method": "adalora", "init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "deltaT": 2,
            "target_modules": ["q_proj", "v_proj"]}  # fmt: skip
 METHODS = {
     "lora": {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1},
@@ -32,47 +36,58 @@ def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("tiny"))
 
 
-def cut_and_resumed(folder, tmp_path, step, adapter=None, **overrides):
-    """The directories of the undisturbed run and of one that was killed behind `step`."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    lorax.train(recipe(folder, whole, adapter, **overrides))
-    interrupted = recipe(folder, cut, adapter, **overrides)
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    """The directory of a run that nothing happened to."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    lorax.train(recipe(folder, output))
+    return output
+
+
+def cut_and_resumed(folder, output, step, adapter=None, **overrides):
+    """The directory of a run that was killed behind `step`, and went on."""
+    interrupted = recipe(folder, output, adapter, **overrides)
     with pytest.raises(Killed):
         lorax.train(interrupted, KillAt(step))
     torch.manual_seed(1234)  # nothing of the first process is left
     lorax.train(interrupted, resume=True)
-    return whole, cut
+    return output
+
+
+def whole_and_cut(folder, tmp_path, step, adapter=None, **overrides):
+    """The directories of an undisturbed run, and of one that was killed behind `step`."""
+    lorax.train(recipe(folder, tmp_path / "whole", adapter, **overrides))
+    return tmp_path / "whole", cut_and_resumed(folder, tmp_path / "cut", step, adapter, **overrides)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_goes_on_bit_for_bit(folder, tmp_path, method):
-    same(*cut_and_resumed(folder, tmp_path, 8, METHODS[method]))
+    same(*whole_and_cut(folder, tmp_path, 5, METHODS[method]))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
 def test_every_optimizer_goes_on_bit_for_bit(folder, tmp_path, optimizer):
     overrides = {"train.optimizer": optimizer, "train.weight_decay": 0.1}
-    same(*cut_and_resumed(folder, tmp_path, 5, **overrides, **{"train.lora_plus_ratio": 4.0}))
+    same(*whole_and_cut(folder, tmp_path, 5, **overrides, **{"train.lora_plus_ratio": 4.0}))
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 9, 10])
-def test_wherever_it_was_cut(folder, tmp_path, step):
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 6])
+def test_wherever_it_was_cut(folder, undisturbed, tmp_path, step):
     """Before the first checkpoint, at one, behind one, and behind the last step."""
-    same(*cut_and_resumed(folder, tmp_path, step))
+    same(undisturbed, cut_and_resumed(folder, tmp_path / "run", step))
 
 
 @pytest.mark.parametrize("change", [{"model.quantization": "nf4-dq"}, {"model.dtype": "bfloat16"}])
 def test_over_other_bases(folder, tmp_path, change):
-    same(*cut_and_resumed(folder, tmp_path, 7, **change))
+    same(*whole_and_cut(folder, tmp_path, 5, **change))
 
 
-def test_cut_in_the_middle_of_an_accumulation(folder, tmp_path, monkeypatch):
-    lorax.train(recipe(folder, tmp_path / "whole"))
+def test_cut_in_the_middle_of_an_accumulation(folder, undisturbed, tmp_path, monkeypatch):
     calls, real = [], loop.summed_loss
 
     def loss(model, *batch):
         calls.append(model.training)
-        if len(calls) == 13:  # the second micro-batch of the fifth step
+        if len(calls) == 12:  # the second micro-batch of the fifth step
             raise Killed
         return real(model, *batch)
 
@@ -81,16 +96,31 @@ def test_cut_in_the_middle_of_an_accumulation(folder, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             lorax.train(recipe(folder, tmp_path / "cut"))
     lorax.train(recipe(folder, tmp_path / "cut"), resume=True)
-    same(tmp_path / "whole", tmp_path / "cut")
+    same(undisturbed, tmp_path / "cut")
 
 
-def test_cut_three_times(folder, tmp_path):
-    lorax.train(recipe(folder, tmp_path / "whole"))
-    for resume, step in ((False, 4), (True, 5), (True, 7)):
+def test_cut_three_times(folder, undisturbed, tmp_path):
+    for resume, step in ((False, 3), (True, 4), (True, 5)):
         with pytest.raises(Killed):
             lorax.train(recipe(folder, tmp_path / "cut"), KillAt(step), resume=resume)
     lorax.train(recipe(folder, tmp_path / "cut"), resume=True)
-    same(tmp_path / "whole", tmp_path / "cut")
+    same(undisturbed, tmp_path / "cut")
+
+
+def test_metrics_behind_the_checkpoint_are_cut_back_before_a_step_is_made(folder, tmp_path):
+    """In the file and in the run: what was measured behind the checkpoint is measured again."""
+    at_once = []
+
+    class Look(Listener):
+        def resumed(self, step, checkpoint):
+            at_once.extend(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+
+    with pytest.raises(Killed):
+        lorax.train(recipe(folder, tmp_path / "run"), KillAt(5))
+    run = lorax.train(recipe(folder, tmp_path / "run"), Look(), resume=True)
+    assert [line["step"] for line in at_once] == [0, 1, 2, 3, 4, 4]
+    assert run.metrics == read_metrics(run.output_dir / "metrics.jsonl")
+    assert [line["step"] for line in run.metrics if "loss" in line] == list(range(1, 7))
 
 
 def test_a_finished_run_stays_as_it_is(folder, tmp_path):
@@ -104,15 +134,14 @@ def test_a_finished_run_stays_as_it_is(folder, tmp_path):
         assert torch.equal(again.model(ids), run.model(ids))
 
 
-def test_resuming_what_is_not_there_begins_it(folder, tmp_path):
-    lorax.train(recipe(folder, tmp_path / "whole"))
+def test_resuming_what_is_not_there_begins_it(folder, undisturbed, tmp_path):
     lorax.train(recipe(folder, tmp_path / "new"), resume=True)
-    same(tmp_path / "whole", tmp_path / "new")
+    same(undisturbed, tmp_path / "new")
 
 
 def test_without_resume_the_directory_is_taken_and_the_message_says_how_to_go_on(folder, tmp_path):
     with pytest.raises(Killed):
-        lorax.train(recipe(folder, tmp_path / "run"), KillAt(4))
+        lorax.train(recipe(folder, tmp_path / "run"), KillAt(3))
     with pytest.raises(UsageError, match="--resume"):
         lorax.train(recipe(folder, tmp_path / "run"))
 
@@ -122,7 +151,7 @@ def test_without_resume_the_directory_is_taken_and_the_message_says_how_to_go_on
 )
 def test_another_recipe_is_refused_by_its_key(folder, tmp_path, change):
     with pytest.raises(Killed):
-        lorax.train(recipe(folder, tmp_path / "run"), KillAt(4))
+        lorax.train(recipe(folder, tmp_path / "run"), KillAt(3))
     with pytest.raises(RecipeError, match=next(iter(change))):
         lorax.train(recipe(folder, tmp_path / "run", **change), resume=True)
 
@@ -130,7 +159,7 @@ def test_another_recipe_is_refused_by_its_key(folder, tmp_path, change):
 def test_other_rows_are_refused(tmp_path):
     folder = make_folder(tmp_path)
     with pytest.raises(Killed):
-        lorax.train(recipe(folder, tmp_path / "run"), KillAt(4))
+        lorax.train(recipe(folder, tmp_path / "run"), KillAt(3))
     rows = (folder / "rows.jsonl").read_text().replace("bbb", "bba", 1)
     (folder / "rows.jsonl").write_text(rows)
     with pytest.raises(FormatError, match="rows"):
@@ -143,7 +172,7 @@ def test_a_checkpoint_is_a_peft_adapter_too(folder, tmp_path):
 
     with pytest.raises(Killed):
         lorax.train(recipe(folder, tmp_path / "run"), KillAt(5))
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, checkpoint)
     mine = lorax.load_model(folder / "model")
@@ -155,9 +184,11 @@ def test_a_checkpoint_is_a_peft_adapter_too(folder, tmp_path):
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_rotation_keeps_the_newest(folder, tmp_path, keep):
-    lorax.train(recipe(folder, tmp_path / "run", **{"train.keep_checkpoints": keep}))
+    lorax.train(
+        recipe(folder, tmp_path / "run", **{"train.keep_checkpoints": keep, "train.save_steps": 1})
+    )
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == [f"step-{step:08d}" for step in (3, 6, 9)][-keep:]
+    assert names == [f"step-{step:08d}" for step in (1, 2, 3, 4, 5)][-keep:]
 
 
 def test_save_steps_of_zero_saves_nothing(folder, tmp_path):
@@ -203,7 +234,7 @@ def test_rollback_takes_the_newest_checkpoint_and_goes_on_with_the_next_rows(
     off = {"train.eval_steps": None, "data.eval_fraction": 0.0, "train.nan_policy": "rollback"}
     off |= {"train.save_steps": 3, "train.keep_checkpoints": None}
     run = lorax.train(recipe(folder, tmp_path / "run", **off))
-    assert [line["step"] for line in run.metrics] == list(range(1, 11))
+    assert [line["step"] for line in run.metrics] == list(range(1, 7))
     assert run.metrics[4]["not_finite"] == "rollback"
     assert (run.output_dir / "checkpoints" / "step-00000000").is_dir()
 
@@ -240,7 +271,7 @@ def test_early_stopping_keeps_the_best(folder, tmp_path):
 def test_early_stopping_goes_on_bit_for_bit(folder, tmp_path):
     change = {"train.early_stopping_patience": 3, "train.eval_steps": 1, "train.max_steps": 40}
     change |= {"train.learning_rate": 0.1, "train.save_steps": 2}
-    same(*cut_and_resumed(folder, tmp_path, 5, **change))
+    same(*whole_and_cut(folder, tmp_path, 5, **change))
 
 
 def test_early_stopping_without_rows_to_evaluate_on_is_refused(folder, tmp_path):
@@ -251,9 +282,9 @@ def test_early_stopping_without_rows_to_evaluate_on_is_refused(folder, tmp_path)
 
 def test_the_manifest_says_what_design_says(folder, tmp_path):
     lorax.train(recipe(folder, tmp_path / "run"))
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000009"
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    assert manifest["step"] == 9
+    assert manifest["step"] == 4
     assert set(manifest) >= {"step", "files", "versions"}
     assert {p.name for p in checkpoint.iterdir()} == {*manifest["files"], "manifest.json"}
     assert all(set(entry) == {"bytes", "sha256"} for entry in manifest["files"].values())

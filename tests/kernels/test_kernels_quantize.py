@@ -73,12 +73,19 @@ def test_ties_go_down_and_midpoints_are_float32(guard):
 
 
 def test_fp4_gives_its_second_zero_just_above_zero_as_bitsandbytes_does(guard):
-    """One set of bytes, whatever quantizes: the library's own on a CPU equals bitsandbytes'."""
+    """One set of bytes, whatever quantizes.
+
+    That the library's own on a CPU are bitsandbytes' is held by test_fp4_s_two_zeros and its
+    neighbours in tests/quant: what is just below zero gets code 0, what is just above it code 8.
+    """
     x = guard.copy(torch.linspace(-1, 1, 4096).to(DEVICE))
     packed, absmax = quantize_4bit(x, fp4(), 4096)
     codes = torch.stack([packed >> 4, packed & 15], 1).flatten()
     assert set(codes.tolist()) == set(range(16))
+    least = 0.0625 / 12
     assert (x[codes == 8] > 0).all()
+    assert (codes[(x < 0) & (x > -least / 2)] == 0).all()
+    assert ((x < 0) & (x > -least / 2)).any()
     library = quantize(x.cpu(), "fp4", 4096)
     assert torch.equal(packed.cpu(), library.packed)
     assert torch.equal(absmax.cpu(), library.absmax)

@@ -50,6 +50,26 @@ def test_bytes_scales_and_values(kind, shape, block_size, dtype):
     assert torch.equal(mine.dequantize(), truth.to(dtype).view(shape))
 
 
+def test_fp4_s_two_zeros():
+    """Zero and what is just below it get code 0; what is just above it gets code 8.
+
+    Both come back as zero. bitsandbytes' AVX-512 decoder, which does whole blocks only, gives the
+    second one the sign minus; its table and its scalar decoder do not, and neither does lorax.
+    """
+    small = 2.0**-10  # less than half of the least value, 1 / 192
+    x = torch.tensor([0.0, -0.0, -small, small] * 15 + [1.0, -1.0, 0.5, -0.5])
+    packed, state = bnb.quantize_4bit(x.view(1, 64), quant_type="fp4")
+    mine = lorax.quantize(x.view(1, 64), "fp4")
+    assert torch.equal(mine.packed, packed.flatten())
+    assert mine.codes()[:60].tolist() == [0, 0, 0, 8] * 15
+    assert not state.code[8].signbit()
+    theirs = bnb.dequantize_4bit(packed, state)
+    assert torch.equal(mine.dequantize(), theirs)
+    assert not mine.dequantize()[0, :60].signbit().any()
+    assert theirs[0, 3:60:4].signbit().unique().numel() == 1  # all or none: one decoder's way
+    assert not theirs[0, 0:60:4].signbit().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("kind", KINDS)

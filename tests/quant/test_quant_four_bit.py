@@ -96,6 +96,20 @@ def test_r2_each_value_is_within_half_the_widest_gap(shape, seed, block_size, ex
     assert (error <= WIDEST_GAP * absmax.double() * (1 + 2**-22)).all()
 
 
+def test_r2_at_the_midpoints_a_value_can_fall_to_the_farther_side():
+    """What is drawn above never comes so near to a tie that its own rounding decides.
+
+    x / absmax is computed in float32, as bitsandbytes does (R4), and so an x within 2^-22 of the
+    midpoint can get the farther neighbour: the bound there is 2^-20 above half the gap.
+    """
+    code = codebooks.four_bit("nf4").double()
+    for absmax in torch.linspace(0.1, 2.0, 300).unsqueeze(1):
+        ties = ((code[1:] + code[:-1]) / 2 * absmax.double()).float()
+        x = torch.cat([absmax, ties, ties.nextafter(absmax), ties.nextafter(-absmax)])
+        error = (lorax.quantize(x, "nf4").dequantize() - x).double().abs()
+        assert (error <= WIDEST_GAP * absmax.double() * (1 + 2**-20)).all()
+
+
 @given(shapes, seeds, st.sampled_from(BLOCK_SIZES))
 def test_r2_with_double_quantization_the_scales_error_comes_on_top(shape, seed, block_size):
     x = weights(math.prod(shape), seed).view(shape)
@@ -105,9 +119,8 @@ def test_r2_with_double_quantization_the_scales_error_comes_on_top(shape, seed, 
     absmax2 = q.nested.absmax.repeat_interleave(256 * block_size)[: x.numel()].double()
     code = codebooks.four_bit("nf4")[q.codes().long()].double().abs()
     error = (q.dequantize() - x).flatten().double().abs()
-    # 2^-22 of the scale for the rounding of offset + r, and of the product.
-    bound = WIDEST_GAP * absmax * (1 + 2**-21) + code * WIDEST_DYNAMIC_GAP * absmax2
-    assert (error <= bound + 2**-22 * absmax).all()
+    bound = WIDEST_GAP * absmax * (1 + 2**-22) + code * WIDEST_DYNAMIC_GAP * absmax2
+    assert (error <= bound).all()
 
 
 @given(shapes, seeds, st.sampled_from((32, 64, 256)), st.sampled_from(DTYPES))
@@ -296,7 +309,7 @@ def test_r6_allowed_it_spoils_its_own_block_only(kind, bad, double, caplog):
 
 
 def relative_row_errors(q, x):
-    return (q.dequantize() - x).norm(dim=1) / x.norm(dim=1)
+    return (q.dequantize() - x).double().norm(dim=1) / x.double().norm(dim=1)
 
 
 @pytest.mark.parametrize("columns", [64, 128, 576])
@@ -304,8 +317,10 @@ def test_r7_rows_of_small_weights_survive_double_quantization(columns, caplog):
     x = weights(256 * columns, seed=1).view(256, columns)
     x[::8] *= 1e-3
     q = lorax.quantize(x, "nf4-dq", name="layers.0.up_proj")
-    assert relative_row_errors(q, x)[::8].max() <= 0.12
-    assert relative_row_errors(q, x)[::8].mean() <= 0.10
+    small = x[::8]
+    assert (q.dequantize()[::8] - small).norm() / small.norm() <= 0.10
+    plain = lorax.quantize(x, "nf4")
+    assert torch.equal(relative_row_errors(q, x), relative_row_errors(plain, x))
     assert q.format == "nf4"
     (record,) = caplog.records
     assert record.getMessage().startswith("layers.0.up_proj: ")
@@ -322,10 +337,10 @@ def test_r7_whatever_the_scales_the_second_level_costs_little(rows, columns, spr
     x = weights(rows * columns, seed).view(rows, columns)
     x *= 10 ** (-spread * torch.rand(rows, 1, generator=generator))
     plain, double = (relative_row_errors(lorax.quantize(x, f, block), x) for f in FORMATS)
-    floor = 0.0101  # NEGLIGIBLE, and the float32 sums' own error
+    floor = 0.01  # an error below it counts as that
     rms_plain, rms_double = (e.square().mean().sqrt() for e in (plain, double))
-    assert rms_double <= 1.051 * rms_plain.clamp_min(floor)
-    assert (double <= 2.01 * plain.clamp_min(floor)).all()
+    assert rms_double <= 1.05 * rms_plain.clamp_min(floor)
+    assert (double <= 2 * plain.clamp_min(floor)).all()
 
 
 def test_r7_ordinary_weights_do_get_double_quantization(smollm2):

@@ -29,7 +29,7 @@ from lorax.models.llama import LlamaConfig
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-MUTATIONS = 150
+MUTATIONS = int(os.environ.get("LORAX_MUTATIONS", "150"))  # `make nightly` asks for 3,000
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -1,6 +1,5 @@
 """Full fine-tuning: against transformers, what a run leaves, what it refuses; methods' fields."""
 
-import json
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from oracles import gpt2, llama, tokens
 from test_recipe import build, refused
 from tiny_runs import folder as folder
 from tiny_runs import recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lorax
 from lorax.errors import RecipeError, UsageError
@@ -97,7 +96,7 @@ def test_auto_means_float32_even_where_the_files_say_bfloat16(folder, tmp_path):
     change = {"model.path": str(tmp_path / "base"), "model.dtype": "auto"}
     run = lorax.train(recipe(folder, tmp_path / "run", adapter=FULL, **change))
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
-    assert json.loads((run.result / "config.json").read_text())["torch_dtype"] == "float32"
+    assert AutoConfig.from_pretrained(run.result).dtype == torch.float32
 
 
 # --- what is refused -------------------------------------------------------------------------
