@@ -116,6 +116,7 @@ class _Marked:
         self.tokenizer = tokenizer
         self.text = ""
         self.marks: list[_Mark] = []
+        self.places: dict[int, list[int]] = {}  # a message's marks, by their index
         self._prompts: dict[str, str | None] = {}
         self._tails: dict[tuple[str, bool], str] = {}
         self._known_header: str | None = None
@@ -133,6 +134,8 @@ class _Marked:
         if seen is None or seen[0] != whole:
             return None
         marked.text, marked.marks = seen
+        for k, mark in enumerate(marked.marks):
+            marked.places.setdefault(mark.message, []).append(k)
         return marked
 
     def _try(
@@ -149,7 +152,7 @@ class _Marked:
 
     def check_that_all_is_there(self) -> None:
         """Refuse a template that leaves out a message: the row would mean something else."""
-        missing = self.placed - {mark.message for mark in self.marks}
+        missing = self.placed - self.places.keys()
         if missing:
             n = min(missing)
             raise TemplateError(
@@ -159,12 +162,12 @@ class _Marked:
 
     def stands_together(self, n: int) -> bool:
         """Do a message's marks stand once, and side by side?"""
-        places = [k for k, mark in enumerate(self.marks) if mark.message == n]
-        return bool(places) and len(places) == places[-1] - places[0] + 1
+        places = self.places.get(n)
+        return places is not None and len(places) == places[-1] - places[0] + 1
 
     def span(self, n: int) -> Span:
         """From behind the generation prompt through the end token."""
-        places = [k for k, mark in enumerate(self.marks) if mark.message == n]
+        places = self.places[n]
         before, behind = places[0] - 1, places[-1] + 1
         left = self.marks[before].position if before >= 0 else 0
         right = self.marks[behind].position if behind < len(self.marks) else len(self.text)

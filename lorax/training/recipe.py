@@ -79,6 +79,10 @@ class DataSection(Section):
     packing: bool = False
 
 
+def _at_most_four_rows(settings: dict[str, Any]) -> int:
+    return min(4, settings["batch_size"])
+
+
 class TrainSection(Section):
     """[train]"""
 
@@ -86,7 +90,7 @@ class TrainSection(Section):
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(16, ge=1)
-    micro_batch_size: int = Field(4, ge=1)
+    micro_batch_size: int = Field(default_factory=_at_most_four_rows, ge=1)
     learning_rate: float = Field(2e-4, gt=0)
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(0.05, ge=0.0, lt=1.0)
@@ -255,7 +259,8 @@ class Recipe(Section):
         if self.train.micro_batch_size > self.train.batch_size:
             raise RecipeError(
                 f"{where}: train.micro_batch_size {self.train.micro_batch_size} is larger than "
-                f"train.batch_size {self.train.batch_size}"
+                f"train.batch_size {self.train.batch_size}; give {self.train.batch_size} or less, "
+                "or leave it out"
             )
         if self.train.early_stopping_patience and not (
             self.data.eval_path or self.data.eval_fraction

@@ -193,7 +193,17 @@ def test_a_broken_expression_is_named():
 
 def test_settings_that_contradict_each_other_are_refused():
     assert "micro_batch_size 8 is larger" in refused(train__batch_size=4, train__micro_batch_size=8)
+    assert "give 4 or less, or leave it out" in refused(
+        train__batch_size=4, train__micro_batch_size=8
+    )
     assert "not both" in refused(data__eval_path="x", data__eval_fraction=0.1)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (2, 2), (4, 4), (64, 4)])
+def test_micro_batches_follow_the_batch_where_the_recipe_does_not_say(rows, expected):
+    recipe = build(train__batch_size=rows)
+    assert recipe.train.micro_batch_size == expected
+    assert f"micro_batch_size = {expected}\n" in describe(recipe)
 
 
 def test_a_message_is_short_whatever_the_value():
