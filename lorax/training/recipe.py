@@ -134,7 +134,9 @@ class TrainSection(Section):
         0, ge=0, description="Stop after so many evaluations without a lower loss; 0: never."
     )
     nan_policy: Literal["stop", "skip", "rollback"] = Field(
-        "stop", description="At a loss or gradient that is not finite."
+        "stop",
+        description="At a loss or gradient that is not finite: end the run, leave the step out, or "
+        "go back to the last checkpoint as well.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of rows, initialization and dropout.")
 
