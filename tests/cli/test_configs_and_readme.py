@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def lorax(*arguments, cwd=ROOT):
@@ -118,7 +118,7 @@ def python_pages():
     return [page for page in PAGES if blocks(page, "python")]
 
 
-@pytest.mark.parametrize("page", python_pages(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", python_pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, tmp_path, smollm2_gguf):
     """One after the other in one program, with the GGUF file in the place of the Hub's name."""
     code = "\n".join(blocks(page, "python"))
@@ -145,7 +145,7 @@ def test_commands_exist(page):
         for line in block.splitlines()
         if line.startswith("lorax ")
     ]
-    if page.name == "README.md":
+    if page == PAGES[0]:
         assert {c[1] for c in commands} >= {"train", "generate", "evaluate", "merge", "verify"}
     for command in commands:
         words = command[1:3] if command[1] in ("inspect", "adapter") else command[1:2]
