@@ -1,8 +1,8 @@
-"""The README's tables, made from the files in benchmarks/results/.
+"""The tables of README.md and docs/, made from the files in benchmarks/results/.
 
     python benchmarks/readme_tables.py          rewrites what stands between the markers
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; a test holds that the README says
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; a test holds that the pages say
 what the files say.
 """
 
@@ -122,7 +122,58 @@ def gpu() -> str:
     return gpu_suite.table(RESULTS)
 
 
+def summary() -> str:
+    """The README's six rows: three of parity, which tests hold, and three of cost."""
+    steps = results("training_step-cpu")["cases"]
+    quick = results("quantization-cpu")["cases"]
+    lines = [
+        "| against | what | how closely, or at what cost |",
+        "|---|---|---|",
+        "| transformers 5.23 | SmolLM2-135M's logits, float32 | within 1e-4, equal when measured |",
+        "| bitsandbytes 0.50.2 | NF4 bytes, scales, checkpoints both ways | bit-equal |",
+        "| Trainer over PEFT 0.21.2 | a run in float32: losses, gradient norms, rates | "
+        "1e-5, 1e-4, 1e-9 relative |",
+    ]
+    for name, case in (("LoRA", "lora bfloat16 2x512"), ("QLoRA", "qlora bfloat16 2x512")):
+        found = steps[case]
+        cost = (
+            f"{found['times_as_fast']:.2f} times as fast, {found['memory_ratio']:.2f} of its memory"
+        )
+        lines.append(
+            f"| PEFT 0.21.2 | a {name} step of SmolLM2, bfloat16, 2 x 512 tokens, two CPU cores | "
+            f"{cost} |"
+        )
+    found = quick["quantize nf4-dq bfloat16"]
+    lines.append(
+        "| bitsandbytes 0.50.2 | quantize 4096 x 4096 bfloat16 to nf4-dq, the same CPU | "
+        f"{found['times_as_fast']:.2f} times as fast |"
+    )
+    return "\n".join(lines)
+
+
+def claim() -> str:
+    """What the README's first lines say of cost."""
+    cases = results("training_step-cpu")["cases"].values()
+    speeds, memory = ([r[key] for r in cases] for key in ("times_as_fast", "memory_ratio"))
+    return (
+        f"takes {min(memory):.2f} to {max(memory):.2f} of PEFT's memory, "
+        f"at {min(speeds):.2f} to {max(speeds):.2f} times its speed"
+    )
+
+
+def optimizers() -> str:
+    found = results("optimizers-cpu")
+    lines = ["| optimizer | a step | bytes of state a parameter |", "|---|---|---|"]
+    for r in found["results"]:
+        lines.append(
+            f"| {r['name']} | {r['milliseconds']:.1f} ms | {r['state_bytes_per_parameter']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "optimizers": optimizers,
     "training_step": training_step,
     "quantization": quantization,
     "codebooks": codebooks,
@@ -133,7 +184,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The README with every table made anew."""
+    """A page with every table made anew."""
 
     def table(match: re.Match[str]) -> str:
         name = match.group(1)
@@ -142,9 +193,16 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
+def pages() -> list[Path]:
+    """The README, and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def main() -> None:
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    for path in pages():
+        text = path.read_text()
+        if filled(text) != text:
+            path.write_text(filled(text))
 
 
 if __name__ == "__main__":

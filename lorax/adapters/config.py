@@ -30,8 +30,9 @@ LOST = ("corda", "lora_ga")
 class LoRAConfig(PeftKeywords):
     """How LoRA is put into a model.
 
-    r: the rank. lora_alpha: the scale's numerator; the path is scaled by lora_alpha / r, or by
-        lora_alpha / sqrt(r) with use_rslora.
+    r: the rank.
+    lora_alpha: the update is scaled by lora_alpha / r.
+    use_rslora: the update is scaled by lora_alpha / sqrt(r) instead (arXiv:2312.03732).
     target_modules: names ("q_proj" matches every path that ends in it), one regular expression
         that must match whole paths, or "all-linear"; None takes the model's usual ones.
     exclude_modules: names or one regular expression that are left out.

@@ -18,10 +18,10 @@ MAX_VIRTUAL_TOKENS = 2**20  # beyond any model's positions; a stranger's config 
 class PromptTuningConfig:
     """How many virtual tokens stand in front of the text, and how they start.
 
-    num_virtual_tokens: how many.
+    num_virtual_tokens: how many virtual tokens.
     prompt_tuning_init: "RANDOM" (N(0, 1)), "SAMPLE_VOCAB" (embeddings of tokens drawn at random),
         or "TEXT" (those of prompt_tuning_init_text, repeated or cut to fit).
-    prompt_tuning_init_text: that text.
+    prompt_tuning_init_text: the text of "TEXT".
     tokenizer_name_or_path: whose words these are, for PEFT; lorax writes the base model's path
         where it is not given. `add_adapter` takes the tokenizer itself.
     tokenizer_kwargs: what PEFT gives its tokenizer; lorax only keeps it.

@@ -57,26 +57,38 @@ Quantization = Annotated[str, AfterValidator(_known_format)]
 
 
 class ModelSection(Section):
-    """[model]"""
+    """[model]: the base model, and in which numbers it is loaded."""
 
-    path: LocalPath
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "cpu"
-    quantization: Quantization | None = None
-    gradient_checkpointing: bool = False
+    path: LocalPath = Field(description="Directory, Hub id or .gguf file.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the plain weights; auto: as the checkpoint has it."
+    )
+    device: str = Field("cpu", description="cpu, cuda or cuda:N.")
+    quantization: Quantization | None = Field(
+        None, description="Quantize the frozen Linears while loading; none: plain weights."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
 
 
 class DataSection(Section):
-    """[data]"""
+    """[data]: which rows, and how long."""
 
-    path: LocalPath
-    eval_path: LocalPath | None = None
-    columns: dict[Column, str] | None = None
-    eval_fraction: float = Field(0.0, ge=0.0, lt=1.0)
-    max_length: int = Field(512, ge=2)
-    shuffle: bool = True
-    packing: bool = False
+    path: LocalPath = Field(description="The rows: .jsonl, .json, .csv or .parquet.")
+    eval_path: LocalPath | None = Field(None, description="Held-out rows from a file of their own.")
+    columns: dict[Column, str] | None = Field(
+        None, description="lorax's column names to the file's: { prompt = 'ask' }."
+    )
+    eval_fraction: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Share of the rows that is held out and evaluated on."
+    )
+    max_length: int = Field(
+        512, ge=2, description="Tokens of a row; longer rows are cut at the end."
+    )
+    shuffle: bool = Field(True, description="A new order of rows each epoch, from train.seed.")
+    packing: bool = Field(False, description="Not there yet; only false.")
 
 
 def _at_most_four_rows(settings: dict[str, Any]) -> int:
@@ -84,30 +96,59 @@ def _at_most_four_rows(settings: dict[str, Any]) -> int:
 
 
 class TrainSection(Section):
-    """[train]"""
+    """[train]: how long, how fast, where to."""
 
-    output_dir: LocalPath
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)
-    batch_size: int = Field(16, ge=1)
-    micro_batch_size: int = Field(default_factory=_at_most_four_rows, ge=1)
-    learning_rate: float = Field(2e-4, gt=0)
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(0.05, ge=0.0, lt=1.0)
-    weight_decay: float = Field(0.0, ge=0.0)
-    max_grad_norm: float = Field(1.0, ge=0.0)
-    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
-    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    adam_beta2: float = Field(0.999, ge=0.0, lt=1.0)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    lora_plus_ratio: float | None = Field(None, gt=0)
-    eval_steps: int | None = Field(None, ge=1)
-    save_steps: int = Field(100, ge=0)  # 0: only where a signal asks for a checkpoint
-    keep_checkpoints: int | None = Field(2, ge=1)
-    early_stopping_patience: int = Field(0, ge=0)
-    nan_policy: Literal["stop", "skip", "rollback"] = "stop"
-    seed: int = Field(0, ge=0, lt=2**32)
-    digests: bool = False
+    output_dir: LocalPath = Field(description="The run's directory; must be missing or empty.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the rows; fractions are allowed.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps; where given, epochs is not used."
+    )
+    batch_size: int = Field(16, ge=1, description="Rows in an optimizer step.")
+    micro_batch_size: int = Field(
+        default_factory=_at_most_four_rows,
+        ge=1,
+        description="Rows in one forward pass: memory and speed, not the result. By default 4, or "
+        "batch_size if that is less.",
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="The peak, after the warm-up.")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the rate falls after the warm-up: to zero, or not at all."
+    )
+    warmup_ratio: float = Field(
+        0.05, ge=0.0, lt=1.0, description="Share of the steps in which the rate climbs."
+    )
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled, as in AdamW.")
+    max_grad_norm: float = Field(1.0, ge=0.0, description="Clip the gradient's norm; 0: never.")
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = Field(
+        "adamw", description="State in 32 or 8 bits; paged: in managed memory on CUDA."
+    )
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0.0, lt=1.0, description="Decay of the second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the second moment's root.")
+    lora_plus_ratio: float | None = Field(
+        None, gt=0, description="LoRA+: B's learning rate over A's."
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="Evaluate every so many steps; else at start and end."
+    )
+    save_steps: int = Field(
+        100, ge=0, description="A checkpoint every so many steps; 0: only on a signal."
+    )
+    keep_checkpoints: int | None = Field(
+        2, ge=1, description="The newest that stay; older ones are removed."
+    )
+    early_stopping_patience: int = Field(
+        0, ge=0, description="Stop after so many evaluations without a lower loss; 0: never."
+    )
+    nan_policy: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="At a loss or gradient that is not finite: end the run, leave the step out, or "
+        "go back to the last checkpoint as well.",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Of rows, initialization and dropout.")
+    digests: bool = Field(
+        False, description="Leave a digest of each step, for `lorax inspect diff` of two runs."
+    )
 
 
 # What a method's config has that a recipe does not say: the run or the model does, or the method
