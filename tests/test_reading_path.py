@@ -7,6 +7,8 @@ not count.
 """
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -46,28 +48,36 @@ def file_of(module):
     return None
 
 
-def imported_files(path):
-    """The files of lorax that importing `path` runs next, packages' __init__ included."""
-    found = set()
+def named_files(path):
+    """The files of lorax that the module-level imports of `path` name."""
     for node in module_level_imports(ast.parse(path.read_text()).body):
-        names = [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "lorax":
-                prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-                found |= {file_of(prefix) for prefix in prefixes}
-    return found - {None, path}
+        if isinstance(node, ast.Import):
+            yield from (file_of(alias.name) for alias in node.names if is_lorax(alias.name))
+        elif is_lorax(node.module or ""):
+            for alias in node.names:  # a module of that package, or a name in that module
+                yield file_of(f"{node.module}.{alias.name}") or file_of(node.module)
+
+
+def is_lorax(module):
+    return module.split(".")[0] == "lorax"
+
+
+def packages_of(path):
+    """The __init__ files that Python runs before a module of lorax."""
+    inits = [
+        parent / "__init__.py" for parent in path.parents if (parent / "__init__.py").is_file()
+    ]
+    return {ROOT / "lorax" / "__init__.py", *(init for init in inits if init.is_file())}
 
 
 def closure(paths):
+    """`paths` and all files that importing them runs."""
     found, waiting = set(), list(paths)
     while waiting:
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            waiting += imported_files(path)
+            waiting += [*named_files(path), *packages_of(path)]
     return found
 
 
@@ -99,9 +109,6 @@ def test_importing_the_reading_path_pulls_little_else():
 
 def test_the_closure_is_what_python_imports():
     """The count above is honest: a fresh interpreter that imports the path loads these files."""
-    import subprocess
-    import sys
-
     modules = [f"lorax.{name.replace('/', '.')}" for name in PATH]
     code = (
         f"import sys, {', '.join(modules)}\n"
