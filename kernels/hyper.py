@@ -1,4 +1,4 @@
-"""The numbers of one AdamW step, worked out once on the host, in float64."""
+"""The scalar coefficients of one AdamW step, computed once on the host in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ OUTGROWN = 16.0  # 8-bit states: g^2 beyond this many times v (bias-corrected) r
 
 
 class AdamWStep(NamedTuple):
-    """What a tensor's step multiplies with; every tensor may have its own (LoRA+ needs that)."""
+    """Coefficients of one tensor's AdamW step; with LoRA+ they differ between tensors."""
 
     decay: float  # 1 - learning_rate * weight_decay
     one_minus_beta1: float
@@ -29,7 +29,7 @@ class AdamWStep(NamedTuple):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> AdamWStep:
-        """The numbers of step `step`, which counts from 1."""
+        """The coefficients of step `step` (1-based)."""
         return cls(
             decay=1 - learning_rate * weight_decay,
             one_minus_beta1=1 - beta1,

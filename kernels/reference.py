@@ -1,9 +1,12 @@
 """The slow twins: what each kernel computes, in plain PyTorch, with the same signatures.
 
-They are the oracles that the kernels are tested against, written to be read and not to be fast.
-What lorax runs on a machine without a GPU lies elsewhere: `lorax/quant` decodes and quantizes in
-chunks, `lorax/optim` steps, `lorax/training/loss.py` sums the loss. An operator of torch.library
-that somebody calls with CPU tensors runs these. They need torch alone.
+They are the oracles of the kernels' tests, and lorax itself does not call them, with one exception:
+an operator of torch.library (quant/ops.py, training/fused_loss.py) that gets CPU tensors runs its
+twin. On a machine without a GPU, lorax runs lorax/quant, lorax/optim and lorax/training/loss.py.
+
+Quantizing, decoding and AdamW are written a second time here on purpose. kernels/ needs torch and
+triton alone, and a twin that shared code with lorax/quant would share its mistakes: the search here
+is torch.bucketize, there a table. Tests hold both to the same bits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tensors of a 4-bit weight, as every function of this package takes them."""
+"""PackedWeight: the tensors of a 4-bit weight, an argument of every function of this package."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from lorax.formats.peft import save_adapter as save_adapter
     from lorax.inference.generate import generate as generate
     from lorax.parity.against_peft import verify as verify
-    from lorax.quant.codebooks import register_codebook as register_codebook
     from lorax.quant.quantize import quantize as quantize
+    from lorax.quant.register import register_codebook as register_codebook
     from lorax.quant.tensor import QuantizedTensor as QuantizedTensor
     from lorax.training.loop import train as train
     from lorax.training.recipe import Recipe as Recipe
@@ -60,7 +60,7 @@ _HOME = {
     "print_trainable_parameters": "lorax.adapters.inject",
     "quantize": "lorax.quant.quantize",
     "read_adapter": "lorax.formats.adapter_data",
-    "register_codebook": "lorax.quant.codebooks",
+    "register_codebook": "lorax.quant.register",
     "save_adapter": "lorax.formats.peft",
     "save_model": "lorax.formats.huggingface",
     "train": "lorax.training.loop",

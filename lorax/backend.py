@@ -71,10 +71,10 @@ def uses_compiled(tensor: Tensor) -> bool:
 
 
 def kernels_for(tensor: Tensor, name: str) -> ModuleType:
-    """The module lorax.kernels.`name`, or the oracle with the same functions, for this tensor.
+    """lorax.kernels.`name` if Triton computes with this tensor, else kernels/reference.py.
 
-    lorax's own layers call an operator for CUDA tensors only. An operator that somebody calls with
-    CPU tensors (a test, torch.compile) runs the oracle, which is slow and needs no Triton.
+    lorax's layers call operators for CUDA tensors only. An operator called with CPU tensors (by a
+    test or torch.compile) runs the slow twin, which needs no Triton.
     """
     return import_module(f"lorax.kernels.{name if uses_triton(tensor) else 'reference'}")
 

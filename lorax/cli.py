@@ -202,7 +202,7 @@ def evaluate(
     from lorax.adapters.inject import embedding_weight
     from lorax.data.examples import load_examples
     from lorax.data.vocabulary import check_vocabulary
-    from lorax.quant.linear import stored_format
+    from lorax.quant.quantize import stored_format
     from lorax.training.evaluate import evaluate as measure
 
     model, tokenizer = _open(path, base, dtype, device, quantization, check_base, resize_vocabulary)

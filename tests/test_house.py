@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_reading_path import named_files
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
@@ -44,6 +45,42 @@ def test_a_file_imports_only_from_floors_below_or_its_own(path):
             continue
         own_room = other.split(".")[1] == module.split(".")[1]
         assert own_room or theirs < mine or (theirs == mine == 0), f"{module} imports {other}"
+
+
+def circles(edges):
+    """The strongly connected groups of more than one file: {file: files it imports}."""
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(node):
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in edges[node]:
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            at = stack.index(node)
+            group, stack[at:] = stack[at:], []
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in edges:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Module-level imports, by the file that each one names; TYPE_CHECKING does not count."""
+    names = {path: str(path.relative_to(ROOT)) for path in FILES}
+    edges = {names[path]: {names[other] for other in named_files(path)} for path in FILES}
+    assert circles(edges) == []
+
+
+def test_a_circle_would_be_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
 
 @pytest.mark.parametrize("room", ["models", "quant", "adapters", "kernels"])

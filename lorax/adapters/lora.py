@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 from lorax.adapters.initialize import fresh
 from lorax.adapters.layer import AdapterLayer
-from lorax.quant import ops
-from lorax.quant.four_bit import FourBitTensor
 from lorax.quant.linear import QuantizedLinear
 
 
@@ -111,16 +109,18 @@ class LoRALinear(AdapterLayer):
     def _is_fused(self, x: Tensor) -> bool:
         """Whether base and path are one operator: a frozen four-bit base on CUDA, no dropout."""
         base = self.frozen
-        if not isinstance(base, QuantizedLinear) or base.trains_bias:
+        if not isinstance(base, QuantizedLinear) or self.drops:
             return False
-        return base.has_kernels(x) and not self.drops
+        return base.kernel_weight(x) is not None
 
     def _fused(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        from lorax.quant.ops import lora_linear_4bit
+
         base = self.frozen
         assert isinstance(base, QuantizedLinear)
-        assert isinstance(base.quantized, FourBitTensor)
-        weight = base.quantized.operands()
-        return ops.lora_linear_4bit(x, A, B, self.scaling, base.bias, weight)
+        weight = base.kernel_weight(x)
+        assert weight is not None
+        return lora_linear_4bit(x, A, B, self.scaling, base.bias, weight)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """A and B, and B's bias."""

@@ -1,18 +1,17 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): the one place with the step.
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2).
 
-    p   <- p (1 - lr weight_decay)                      decay first, and past the moments: decoupled
+    p   <- p (1 - lr weight_decay)                      decoupled: decay does not enter the moments
     m   <- m + (1 - beta1) (g - m)                      exp_avg
     v   <- beta2 v + (1 - beta2) g^2                    exp_avg_sq
     p   <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 These are the operations of `torch.optim.AdamW(foreach=False)` in its order, so in float32 the
-parameters and both moments agree with it bit for bit, step after step. torch's fused AdamW rounds
-elsewhere and does not. On CUDA a Triton kernel takes the step, with the bits of a CPU's: `fused.py`
-says which bits, and how to choose.
+parameters and both moments agree with it bit for bit, step after step; torch's fused AdamW rounds
+differently. `adamw_` is the step, on flat tensors; flat.py lays parameters and moments out flat.
+The fast twin on CUDA is one Triton kernel (fused.py says where its rounding agrees).
 
-A parameter costs 8 bytes of state. 16-bit parameters get float32 moments; their step is computed in
-float32 and rounded once. How the moments lie in memory is told in `flat.py`; `adamw_` is all that
-is done to them, on flat tensors.
+State is 8 bytes a parameter: two float32 moments. 16-bit parameters have float32 moments as well;
+their step is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -49,20 +48,28 @@ State = dict[str, Any]
 def adamw_(
     p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyperparameters
 ) -> None:
-    """One AdamW step in place: p, exp_avg and exp_avg_sq are updated, g is read; all (n,)."""
+    """One AdamW step in place.
+
+    Args:
+        p: (n,) parameters, float32 or float64, updated.
+        g: (n,) gradients, same dtype, read only.
+        exp_avg, exp_avg_sq: (n,) first and second moments, same dtype, updated.
+        hyper: learning rate, betas, eps, weight decay, and the 1-based step.
+    """
     if hyper.maximize:
         g = -g
     if hyper.weight_decay != 0:
         p.mul_(1 - hyper.lr * hyper.weight_decay)
-    exp_avg.lerp_(g, 1 - hyper.beta1)
+    exp_avg.lerp_(g, 1 - hyper.beta1)  # torch's rounding: m + (1 - beta1) (g - m)
     exp_avg_sq.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
+    # Bias corrections enter as scalars in float64, not as tensors.
     step_size = hyper.lr / (1 - hyper.beta1**hyper.step)
     correction = (1 - hyper.beta2**hyper.step) ** 0.5
     p.addcdiv_(exp_avg, exp_avg_sq.sqrt().div_(correction).add_(hyper.eps), value=-step_size)
 
 
 class FloatMoments(Moments):
-    """Both moments as floats of `dtype`: exp_avg for the page's elements, then exp_avg_sq."""
+    """Moments in floating point: exp_avg of all the page's elements, then exp_avg_sq."""
 
     align = 1
 
@@ -115,13 +122,13 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as for `torch.optim.AdamW`.
-        fused: False keeps to PyTorch's operations on CUDA too: see `fused.py`.
-        foreach: taken because torch has it; it changes nothing here.
-        amsgrad, capturable, differentiable: refused where True.
-        memory: where the states live; ordinary memory by default.
+        fused: False runs PyTorch's operations on CUDA instead of the Triton kernel (fused.py).
+        foreach: accepted for compatibility with torch; has no effect.
+        amsgrad, capturable, differentiable: not supported; must be False.
+        memory: allocator of the states (memory.py); default: ordinary memory.
 
     Raises:
-        UsageError: a value out of range, or one of the three.
+        UsageError: a value out of range, or an unsupported option set to True.
     """
 
     def __init__(
@@ -140,7 +147,7 @@ class AdamW(torch.optim.Optimizer):
         fused: bool | None = None,
         memory: Memory | None = None,
     ):
-        self._forget()
+        self._drop_state()
         self.memory = memory or OrdinaryMemory()
         defaults = {
             "lr": lr,
@@ -157,11 +164,11 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {**defaults, **self._more_defaults()})
 
     def _more_defaults(self) -> dict[str, Any]:
-        """What a kind of AdamW adds to its parameter groups."""
+        """Defaults that a subclass adds to its parameter groups."""
         return {}
 
     def _moments(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> Moments:
-        """In which numbers this parameter's moments are kept."""
+        """New, unbound moments for this parameter: float here, 8-bit in AdamW8bit."""
         return FloatMoments(state_dtype(parameter))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -175,7 +182,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient; gives what `closure` returns."""
+        """Step every parameter that has a gradient; return the value of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -201,14 +208,14 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def state_bytes(self) -> int:
-        """The bytes that this optimizer holds for its states now (0 before the first step)."""
+        """Bytes of optimizer state held now; 0 before the first step."""
         return sum(page.nbytes + page.steps.nbytes for page in self._pages)
 
     def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-        """exp_avg and exp_avg_sq of a parameter, copied, in its shape and as floats.
+        """Copies of a parameter's exp_avg and exp_avg_sq, decoded to floats, in its shape.
 
         Raises:
-            UsageError: the parameter has no state, because it has not been stepped.
+            UsageError: the parameter has no state yet; it has not been stepped.
         """
         if parameter not in self._home:
             raise UsageError(
@@ -219,11 +226,10 @@ class AdamW(torch.optim.Optimizer):
         return page.read(index)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take a state_dict over; its tensors are copied.
+        """Load a state_dict; its tensors are copied.
 
         Raises:
-            UsageError: groups, names, shapes or number formats do not fit; the optimizer is then
-                as it was.
+            UsageError: groups, names, shapes or dtypes do not match; the optimizer is unchanged.
         """
         groups = self._match_groups(state_dict["param_groups"])
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -239,7 +245,7 @@ class AdamW(torch.optim.Optimizer):
         except UsageError:
             self.param_groups = before
             raise
-        self._forget()
+        self._drop_state()
         self.state.clear()
         self._install(pages)
 
@@ -247,20 +253,20 @@ class AdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), "memory": self.memory.fresh()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What copy.deepcopy calls: take groups and states over into memory of our own."""
+        """For copy.deepcopy and pickle: copy groups and states into newly allocated memory."""
         super().__setstate__(state)
-        self._forget()
+        self._drop_state()
         pages = self._filled_pages(dict(self.state))
         self.state.clear()
         self._install(pages)
 
-    def _forget(self) -> None:
+    def _drop_state(self) -> None:
         self._pages: list[Page] = []
         self._home: dict[Tensor, tuple[Page, int]] = {}
         self._scratch = Scratch()
 
     def _match_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The saved groups with this optimizer's parameters in them."""
+        """The saved groups' values with this optimizer's parameters."""
         have = [len(group["params"]) for group in self.param_groups]
         found = [len(group["params"]) for group in saved]
         if have != found:
@@ -276,7 +282,7 @@ class AdamW(torch.optim.Optimizer):
         return groups
 
     def _filled_pages(self, states: Mapping[Tensor, State]) -> list[Page]:
-        """New pages for these parameters, with these states copied in."""
+        """New pages for the parameters of `states`, with the states copied in."""
         order = [p for group in self.param_groups for p in group["params"] if p in states]
         pages = self._build(order)
         for page in pages:
@@ -285,7 +291,7 @@ class AdamW(torch.optim.Optimizer):
         return pages
 
     def _build(self, parameters: Iterable[nn.Parameter]) -> list[Page]:
-        """Pages for these parameters, on one flat allocation for each device."""
+        """New pages for these parameters; one flat allocation per device."""
         bundles: dict[Any, list[nn.Parameter]] = {}
         kinds: dict[Any, Moments] = {}
         place = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
@@ -319,10 +325,10 @@ class AdamW(torch.optim.Optimizer):
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Refuse values that make no sense.
+    """Check the values of a parameter group.
 
     Raises:
-        UsageError: naming the value, and what is expected.
+        UsageError: a value is out of range or an option is not supported.
     """
     for key in ("lr", "eps", "weight_decay"):
         if not (_is_number(group[key]) and group[key] >= 0):
@@ -346,7 +352,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _copy_state(mine: State, theirs: State) -> None:
-    """Copy a parameter's saved state into its place."""
+    """Copy a parameter's saved state into its page."""
     if set(mine) != set(theirs):
         raise UsageError(
             f"a parameter's state has {sorted(theirs)}; expected {sorted(mine)}: it was saved by "

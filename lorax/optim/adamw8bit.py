@@ -1,8 +1,8 @@
 """AdamW with its moments in 8 bits (Dettmers et al. 2022, arXiv:2110.02861).
 
 A parameter costs 2.03 bytes of state instead of 8. Both moments are cut into blocks of 256, each
-with its absolute maximum in float32, and a value is the index of an entry of a dynamic map, which
-spans seven decades (see `quant/dynamic_map.py`):
+with its absolute maximum in float32; a value is stored as the index of an entry of a dynamic 8-bit
+map, which spans seven decades (quant/dynamic_map.py):
 
     exp_avg          uint8     n          codes of the signed map
     exp_avg_absmax   float32   n / 256
@@ -68,11 +68,12 @@ def adamw_8bit_(
     """One AdamW step in place on 8-bit moments.
 
     Args:
-        p, g: (n,) float32, n a multiple of `block_size`.
+        p: (n,) float32 parameters, updated; n is a multiple of `block_size`.
+        g: (n,) float32 gradients, read only.
         exp_avg, exp_avg_sq: (n,) uint8 codes, updated.
         exp_avg_absmax, exp_avg_sq_absmax: (n / block_size,) float32, updated.
         block_size: values per block.
-        hyper: the step's numbers.
+        hyper: learning rate, betas, eps, weight decay, and the 1-based step.
     """
     signed, unsigned = tables(p.device)
     m, v = torch.empty_like(p), torch.empty_like(p)
@@ -90,16 +91,16 @@ def adamw_8bit_(
 def quantize_positive_(
     x: Tensor, round_up: Tensor, table: NearestTable, codes: Tensor, absmax: Tensor
 ) -> None:
-    """Quantize whole blocks of values >= 0 so that none but zero itself becomes zero.
+    """Quantize whole blocks of values >= 0; only zero itself gets the code of zero.
 
     Args:
-        x: (blocks, block_size) float32, one block a row, nothing below zero.
-        round_up: the same shape, bool: where set, the next entry that is not smaller is taken
-            instead of the nearest.
-        table: of a codebook that goes from 0 to 1.
-        codes: the same shape as x, uint8, written.
-        absmax: (blocks,) float32, written; at least 1e-30, so that the least entry times absmax is
-            not zero either.
+        x: (blocks, block_size) float32, one block a row, >= 0.
+        round_up: (blocks, block_size) bool: where True, take the smallest entry >= x instead of the
+            nearest.
+        table: a codebook that spans [0, 1].
+        codes: (blocks, block_size) uint8, overwritten.
+        absmax: (blocks,) float32, overwritten; at least 1e-30, so that the smallest nonzero entry
+            times absmax is a normal float32.
     """
     torch.amax(x, dim=1, out=absmax).clamp_min_(SMALLEST_POSITIVE_ABSMAX)
     y = (x * absmax.reciprocal()[:, None]).clamp_(max=1)
@@ -109,12 +110,12 @@ def quantize_positive_(
 
 
 def tables(device: torch.device) -> tuple[NearestTable, NearestTable]:
-    """The maps of exp_avg (signed) and of exp_avg_sq (unsigned), ready on a device."""
+    """Lookup tables of the signed map (exp_avg) and the unsigned map (exp_avg_sq) on a device."""
     return nearest_table(dynamic_map(), device), nearest_table(dynamic_map(signed=False), device)
 
 
 class CodedMoments(Moments):
-    """Both moments in 8 bits: codes, scales, codes, scales."""
+    """Moments in 8 bits: exp_avg's codes and scales, then exp_avg_sq's."""
 
     def __init__(self, block_size: int):
         self.block_size = block_size
@@ -191,13 +192,13 @@ class CodedMoments(Moments):
 
 
 class AdamW8bit(AdamW):
-    """AdamW with 8-bit moments; see `AdamW` for what is not named here.
+    """AdamW with 8-bit moments; takes `AdamW`'s arguments as well.
 
     Args:
-        block_size: values that share a scale; a power of two, so that it divides a page.
+        block_size: values per scale, a power of two from 16 to 4096.
         min_8bit_size: tensors with fewer elements keep float32 moments.
 
-    Both may be set for a parameter group too.
+    A parameter group may set both.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ ALIGNMENT = 256  # bytes, for each buffer of a page
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The numbers of one AdamW step; `step` counts from 1."""
+    """Hyperparameters of one AdamW step; `step` counts from 1."""
 
     step: int
     lr: float
@@ -52,7 +52,7 @@ class Hyperparameters:
 
     @staticmethod
     def of(group: Mapping[str, Any], step: int) -> Hyperparameters:
-        """Those of a parameter group, at this step."""
+        """Hyperparameters of a `param_group` at step `step` (1-based)."""
         beta1, beta2 = group["betas"]
         return Hyperparameters(
             step,
@@ -66,10 +66,10 @@ class Hyperparameters:
 
 
 class Moments(ABC):
-    """Adam's two moments of a page's elements, in some number format.
+    """Adam's two moments of a page's elements, in one number format.
 
-    `align` is what each parameter's first element is a multiple of; moments of equal `kind` may be
-    stepped in one launch.
+    align: each parameter starts at a multiple of this many elements.
+    kind: moments with equal `kind` may share a kernel launch.
     """
 
     align: int
@@ -77,23 +77,23 @@ class Moments(ABC):
 
     @abstractmethod
     def nbytes(self, elements: int) -> int:
-        """The bytes that this many elements need."""
+        """Bytes needed for `elements` elements."""
 
     @abstractmethod
     def bind(self, memory: Tensor, elements: int) -> None:
-        """Lay the moments into `memory`, (nbytes,) uint8, zeroed."""
+        """Place the moments in `memory`, (nbytes,) uint8, zeroed."""
 
     @abstractmethod
     def state(self, start: int, shape: torch.Size) -> dict[str, Tensor]:
-        """The tensors of the parameter that begins at element `start`, by name: views."""
+        """State tensors by name of the parameter of `shape` at element `start`: views."""
 
     @abstractmethod
     def read(self, start: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """exp_avg and exp_avg_sq of that parameter, in its shape and as floats."""
+        """exp_avg and exp_avg_sq of that parameter, decoded to floats, in its shape."""
 
     @abstractmethod
     def step_(self, p: Tensor, g: Tensor, start: int, hyper: Hyperparameters) -> None:
-        """One AdamW step, in place: p and g are (n,), for elements start ... start + n."""
+        """One AdamW step in place of elements start ... start + n; p and g are (n,)."""
 
     @abstractmethod
     def launch(
@@ -103,21 +103,20 @@ class Moments(ABC):
         states: Sequence[dict[str, Tensor]],
         steps: Sequence[AdamWStep],
     ) -> None:
-        """The same for whole parameters with what `state` gave for each, by a Triton kernel."""
+        """One AdamW step of whole parameters in one Triton launch; lists have equal length."""
 
 
 class Scratch:
-    """Two flat buffers for each dtype and device, through which pages pass.
+    """Two flat buffers per dtype and device, for copies of a page's parameters and gradients.
 
-    An optimizer keeps them once PyTorch has stepped a page: 2 MiB on a CPU, 32 MiB on a GPU, in
-    float32.
+    Allocated at the first step in PyTorch and kept: 2 MiB on a CPU, 32 MiB on a GPU, in float32.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def of(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(2, page elements): the row for parameters, and the row for gradients."""
+        """(2, page elements): row 0 for parameters, row 1 for gradients."""
         key = (dtype, device)
         if key not in self._buffers:
             self._buffers[key] = torch.zeros(2, page_elements(device), dtype=dtype, device=device)
@@ -130,8 +129,8 @@ class Page:
     Args:
         parameters: of one dtype and device.
         group: the index of their parameter group.
-        moments: in which numbers the moments are kept.
-        scratch: through which PyTorch steps them.
+        moments: storage of the moments, in their number format.
+        scratch: flat buffers for a step in PyTorch.
     """
 
     def __init__(
@@ -150,7 +149,7 @@ class Page:
         self._alone = self.elements > page_elements(self.parameters[0].device)
 
     def bind(self, memory: Tensor) -> None:
-        """Give the page its memory, (nbytes,) uint8, zeroed."""
+        """Set the page's memory, (nbytes,) uint8, zeroed."""
         self.memory = memory
         self.moments.bind(memory, self.elements)
         self._states = []
@@ -159,7 +158,7 @@ class Page:
             self._states.append({name: apart(view) for name, view in state.items()})
 
     def state(self, index: int) -> dict[str, Tensor]:
-        """The state of a parameter, by torch's names: the page's memory, each `apart`."""
+        """A parameter's state by torch's names; views of the page, each with its own storage."""
         return dict(self._states[index])
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
@@ -167,7 +166,7 @@ class Page:
         return self.moments.read(self.starts[index], self.parameters[index].shape)
 
     def advance(self) -> list[tuple[int, int]]:
-        """Count a step for every parameter with a gradient: its index, and which step it is."""
+        """Increment `step` of each parameter with a gradient; return [(index, step)]."""
         ready = torch.tensor([p.grad is not None for p in self.parameters])
         self.steps += ready
         pairs = enumerate(zip(ready.tolist(), self.steps.tolist(), strict=True))
@@ -184,7 +183,7 @@ class Page:
                 self._step_together(first, last, hyper)
 
     def _runs(self) -> list[tuple[int, int]]:
-        """Stretches of parameters, first to last, that take the same step now."""
+        """Ranges [first, last) of parameters with gradients and the same step number."""
         ready = [p.grad is not None for p in self.parameters]
         if all(ready) and bool((self.steps == self.steps[0]).all()):
             return [(0, len(ready))]
@@ -221,7 +220,7 @@ class Page:
 
     @cached_property
     def _scratch(self) -> Tensor:
-        """(2, page elements) of `state_dtype`: the row for parameters, and that for gradients."""
+        """(2, page elements) of `state_dtype`: row 0 for parameters, row 1 for gradients."""
         first = self.parameters[0]
         return self._buffers.of(state_dtype(first), first.device)
 
@@ -235,7 +234,7 @@ class Page:
 
     @cached_property
     def _gaps(self) -> list[Tensor]:
-        """What alignment leaves between the parameters: must be zero, or blocks would see it."""
+        """Padding between parameters, as views; must be zero, or it would enter blocks' absmax."""
         buffer = self._scratch[1]
         ends = [start + p.numel() for start, p in zip(self.starts, self.parameters, strict=False)]
         pairs = zip(ends, self.starts[1:], strict=True)
@@ -247,25 +246,25 @@ class Page:
 
 
 def page_elements(device: torch.device) -> int:
-    """How many elements a page has at most: what stays in a CPU's cache, or fills a GPU."""
+    """Maximum elements of a page: what fits a CPU's cache, or fills a GPU."""
     return PAGE_ELEMENTS["cuda" if device.type == "cuda" else "cpu"]
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
-    """In what the step computes: float32, or float64 for float64 parameters."""
+    """The step's compute dtype: float32, or float64 for float64 parameters."""
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is not below n."""
+    """The smallest multiple of `multiple` that is at least n."""
     return -(-n // multiple) * multiple
 
 
 def apart(view: Tensor) -> Tensor:
-    """The same memory as a contiguous view's, as a tensor with a storage of just its own size.
+    """A tensor on a contiguous view's memory whose storage is exactly that view.
 
-    For what is handed out. torch.save and safetensors write storages, not views: of a view they
-    write the whole page, and they refuse a page that is bytes here and float32 there.
+    torch.save and safetensors write storages, not views: for a plain view they would write the
+    whole page, and they refuse a storage that is used as bytes and as float32.
     """
     start = view.storage_offset() * view.itemsize
     own = view.untyped_storage()[start : start + view.nbytes]  # keeps the page alive, copies none
@@ -275,7 +274,7 @@ def apart(view: Tensor) -> Tensor:
 
 
 def carve(memory: Tensor, start: int, dtype: torch.dtype, elements: int) -> tuple[Tensor, int]:
-    """A typed stretch of `memory` (bytes) from byte `start`, and the aligned byte behind it."""
+    """View `elements` values of `dtype` from byte `start`; also return the next aligned offset."""
     stop = start + elements * dtype.itemsize
     return memory[start:stop].view(dtype), round_up(stop, ALIGNMENT)
 
@@ -283,7 +282,7 @@ def carve(memory: Tensor, start: int, dtype: torch.dtype, elements: int) -> tupl
 def fill_pages(
     parameters: Iterable[nn.Parameter], most: int, align: int
 ) -> Iterator[list[nn.Parameter]]:
-    """Cut parameters, in their order, into pages of at most `most` elements, or of one tensor."""
+    """Split parameters in order into pages of at most `most` elements, or one larger tensor."""
     page: list[nn.Parameter] = []
     filled = 0
     for p in parameters:
@@ -298,7 +297,7 @@ def fill_pages(
 
 
 def check_parameter(parameter: nn.Parameter) -> None:
-    """Refuse what a step on flat float memory cannot do.
+    """Check that a parameter can be stepped on flat float memory.
 
     Raises:
         UsageError: the parameter is not floating point, or its gradient is sparse.

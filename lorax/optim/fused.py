@@ -38,7 +38,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes_kernel(page: Page, group: Mapping[str, Any]) -> bool:
-    """Whether a page is stepped by the Triton kernel; see above."""
+    """Whether the Triton kernel steps a page of this `param_group`; otherwise PyTorch does."""
     first = page.parameters[0]
     return (
         group["fused"] is not False
@@ -50,7 +50,7 @@ def takes_kernel(page: Page, group: Mapping[str, Any]) -> bool:
 
 @dataclass
 class Batch:
-    """What one launch will step: entry i of each list belongs to one parameter."""
+    """The arguments of one launch: entry i of each list belongs to parameter i."""
 
     moments: Moments
     params: list[Tensor] = field(default_factory=list)
@@ -60,28 +60,28 @@ class Batch:
 
 
 class Launches:
-    """Gathers pages, and steps what they hold in as few launches as can be."""
+    """Collects pages and steps them with one launch per dtype, device and kind of moments."""
 
     def __init__(self) -> None:
         self._batches: dict[Any, Batch] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
 
     def add(self, page: Page, group: Mapping[str, Any]) -> None:
-        """Put a page's parameters with a gradient down for the next launch."""
+        """Add a page's parameters with gradients to the next launch."""
         first = page.parameters[0]
         key = (page.moments.kind, first.dtype, first.device)
         batch = self._batches.setdefault(key, Batch(page.moments))
-        numbers: dict[int, AdamWStep] = {}  # most parameters have taken the same number of steps
+        at: dict[int, AdamWStep] = {}  # most parameters are at the same step
         for index, step in page.advance():
-            if step not in numbers:
-                numbers[step] = kernel_step(Hyperparameters.of(group, step))
-            batch.steps.append(numbers[step])
+            if step not in at:
+                at[step] = kernel_step(Hyperparameters.of(group, step))
+            batch.steps.append(at[step])
             batch.params.append(self._contiguous(page.parameters[index]))
             batch.grads.append(_gradient(page.parameters[index], bool(group["maximize"])))
             batch.states.append(page.state(index))
 
     def start(self) -> None:
-        """Step everything that was put down."""
+        """Launch the steps of everything added, and clear the collection."""
         for batch in self._batches.values():
             batch.moments.launch(batch.params, batch.grads, batch.states, batch.steps)
         for parameter, copy in self._copies:

@@ -1,4 +1,4 @@
-"""Where an optimizer's states live: in ordinary memory here, in paged memory in `paged.py`."""
+"""Allocators of optimizer state: ordinary memory here, CUDA unified memory in paged.py."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from lorax.optim.flat import Page
 
 
 class Memory(ABC):
-    """Gives out memory, and knows what must happen before and after a page is stepped.
+    """Allocates state memory and wraps the loop over pages.
 
-    `one_by_one`: a page must have been stepped before `walk` is asked for the next one.
+    one_by_one: each page must be stepped before the next one is requested from `walk`.
     """
 
     one_by_one = False
 
     @abstractmethod
     def allocate(self, nbytes: int, device: torch.device) -> Tensor:
-        """(nbytes,) uint8 on `device`, zeroed; freed with the last tensor that looks into it."""
+        """(nbytes,) uint8 on `device`, zeroed; freed with the last tensor that views it."""
 
     @abstractmethod
     def walk(self, pages: Sequence[Page]) -> Iterator[Page]:
-        """The pages in their order, each when the device may work on it."""
+        """Yield the pages in order, each once the device may access it."""
 
     @abstractmethod
     def fresh(self) -> Memory:
-        """Another one with the same settings, that has given out nothing yet."""
+        """A new allocator with the same settings and no allocations."""
 
 
 class OrdinaryMemory(Memory):
-    """What torch allocates; nothing happens around a step."""
+    """Plain torch allocations; `walk` yields the pages as they are."""
 
     def allocate(self, nbytes: int, device: torch.device) -> Tensor:
         """See `Memory`."""

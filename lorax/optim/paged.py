@@ -38,9 +38,10 @@ from lorax.optim.unified_memory import HOST, ManagedBlock, cuda_runtime
 
 @dataclass
 class PagingCounters:
-    """What paging has done since the optimizer was built.
+    """Bytes moved and seconds waited since the optimizer was built.
 
-    `waited_seconds` is how long the GPU's main stream stood still for pages.
+    managed_bytes: unified memory held now.
+    waited_seconds: time that the GPU's main stream waited for pages.
     """
 
     managed_bytes: int = 0
@@ -53,9 +54,9 @@ class PagedMemory(Memory):
     """Managed memory where the device is a GPU, ordinary memory elsewhere.
 
     Args:
-        write_back: send each page to the host after its step; otherwise the driver evicts it when
-            somebody else needs the room.
-        forced_pressure: send all pages to the host before each step, and wait.
+        write_back: prefetch each page to the host after its step; otherwise the driver evicts it
+            when other allocations need GPU memory.
+        forced_pressure: move all pages to the host before each step, and wait until they are there.
     """
 
     one_by_one = True
@@ -93,11 +94,11 @@ class PagedMemory(Memory):
         return PagedMemory(self.write_back, self.forced_pressure)
 
     def __reduce__(self) -> tuple[type[PagedMemory], tuple[bool, bool]]:
-        """What pickle keeps: the settings; what was given out stays in this process."""
+        """Pickle the settings only; allocations stay in this process."""
         return PagedMemory, (self.write_back, self.forced_pressure)
 
     def counters(self) -> PagingCounters:
-        """What moved so far."""
+        """The paging counters, up to date."""
         for pager in self._pagers.values():
             pager.add_up_waits()
         self._counters.managed_bytes = sum(block.nbytes for block in self._blocks)
@@ -118,11 +119,11 @@ class PagedMemory(Memory):
 
 
 class Pager:
-    """Moves pages of one GPU on a stream of its own, and counts.
+    """Prefetches pages of one GPU on a side stream and updates the counters.
 
     Args:
         device: the GPU.
-        counters: where to count.
+        counters: shared by the pagers of an optimizer.
     """
 
     def __init__(self, device: torch.device, counters: PagingCounters):
@@ -190,7 +191,7 @@ class PagedAdamW(AdamW):
 
     @property
     def paging(self) -> PagingCounters:
-        """What moved so far."""
+        """The paging counters, up to date."""
         return paging_counters(self)
 
 
@@ -213,7 +214,7 @@ class PagedAdamW8bit(AdamW8bit):
 
     @property
     def paging(self) -> PagingCounters:
-        """What moved so far."""
+        """The paging counters, up to date."""
         return paging_counters(self)
 
 

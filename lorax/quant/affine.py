@@ -42,13 +42,10 @@ from torch import Tensor
 
 from lorax.errors import QuantizationError
 from lorax.quant import names
-from lorax.quant.blockwise import (
-    CHUNK_ELEMENTS,
-    check_block_size,
-    number_of_blocks,
-    scale_blocks_,
-)
-from lorax.quant.checks import check_source, take
+from lorax.quant.blockwise import CHUNK_ELEMENTS, number_of_blocks, scale_blocks_
+from lorax.quant.checks import check_block_size, check_input, take
+from lorax.quant.scratch import output_of
+from lorax.quant.state_dict import reader
 from lorax.quant.tensor import QuantizedTensor
 
 FORMATS = names.AFFINE
@@ -100,7 +97,7 @@ class AffineTensor(QuantizedTensor):
         The ends of the grid may lie half a step outside the block's values; what that carries past
         the dtype's largest number comes back as that number.
         """
-        out = self.output(dtype, out)
+        out = output_of(self, dtype, out)
         flat = out.view(-1)
         dequantize_integers(self.codes(), self.scales, self.zero_points, self.block_size, flat)
         return out
@@ -117,44 +114,6 @@ class AffineTensor(QuantizedTensor):
         if self.zero_points is not None:
             tensors["weight.zero_points"] = self.zero_points
         return {**tensors, STATE + self.format: text}
-
-    @staticmethod
-    def reads(tensors: Mapping[str, Tensor]) -> bool:
-        """See `QuantizedTensor`."""
-        return any(name.startswith(STATE + "int") for name in tensors)
-
-    @staticmethod
-    def from_state_dict(
-        tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16
-    ) -> AffineTensor:
-        """Read what `state_dict` gives, which says its dtype itself.
-
-        Raises:
-            QuantizationError: a tensor is missing, or its dtype, size or values are wrong.
-        """
-        found = [name for name in tensors if name.startswith(STATE)]
-        if len(found) != 1 or found[0].removeprefix(STATE) not in FORMATS:
-            raise QuantizationError(f"expected one tensor {STATE}... of {FORMATS}, found {found}")
-        format = found[0].removeprefix(STATE)
-        shape, block_size, dtype = _read_state(tensors[found[0]], found[0])
-        bits, n = int(format[3]), shape.numel()
-        blocks = number_of_blocks(n, block_size)
-        kind, size = (torch.int8, n) if bits == 8 else (torch.uint8, (n + 1) // 2)
-        zeros = None
-        if format.endswith("affine"):
-            zeros = take(tensors, "weight.zero_points", torch.int8, (blocks,))
-            limit = 2 ** (bits - 1)
-            if blocks and not -limit <= int(zeros.min()) <= int(zeros.max()) < limit:
-                raise QuantizationError(f"weight.zero_points: outside int{bits}'s signed range")
-        packed = take(tensors, "weight", kind, (size,))
-        scales = take(tensors, "weight.scales", torch.float32, (blocks,))
-        if not torch.isfinite(scales).all():
-            raise QuantizationError("weight.scales: a scale is not finite")
-        return AffineTensor(packed, scales, zeros, bits, block_size, shape, dtype)
-
-    def describe(self) -> str:
-        """What `print(model)` shows of this tensor."""
-        return f"{self.format}, block_size={self.block_size}"
 
 
 def quantize(
@@ -178,15 +137,40 @@ def quantize(
         QuantizationError: an unknown format, block size or policy, a dtype that is no float, or a
             value that is not finite.
     """
-    if format not in FORMATS:
-        raise QuantizationError(f"{name}: format {format!r} is unknown; expected one of {FORMATS}")
-    check_block_size(block_size, name)
-    check_source(weight, name, nonfinite)
+    check_input(weight, format, FORMATS, block_size, name, nonfinite)
     bits, symmetric = int(format[3]), format.endswith("symmetric")
     flat = weight.detach().contiguous().view(-1)
     codes, scales, zeros = quantize_integers(flat, block_size, bits, symmetric)
     packed = codes if bits == 8 else pack_nibbles(codes)
     return AffineTensor(packed, scales, zeros, bits, block_size, weight.shape, weight.dtype)
+
+
+@reader(lambda names: any(name.startswith(STATE + "int") for name in names))
+def from_state_dict(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> AffineTensor:
+    """Inverse of `AffineTensor.state_dict`; the tensors state their dtype, so `dtype` is unused.
+
+    Raises:
+        QuantizationError: a tensor is missing, or its dtype, size or values are wrong.
+    """
+    found = [name for name in tensors if name.startswith(STATE)]
+    if len(found) != 1 or found[0].removeprefix(STATE) not in FORMATS:
+        raise QuantizationError(f"expected one tensor {STATE}... of {FORMATS}, found {found}")
+    format = found[0].removeprefix(STATE)
+    shape, block_size, dtype = _read_state(tensors[found[0]], found[0])
+    bits, n = int(format[3]), shape.numel()
+    blocks = number_of_blocks(n, block_size)
+    kind, size = (torch.int8, n) if bits == 8 else (torch.uint8, (n + 1) // 2)
+    zeros = None
+    if format.endswith("affine"):
+        zeros = take(tensors, "weight.zero_points", torch.int8, (blocks,))
+        limit = 2 ** (bits - 1)
+        if blocks and not -limit <= int(zeros.min()) <= int(zeros.max()) < limit:
+            raise QuantizationError(f"weight.zero_points: outside int{bits}'s signed range")
+    packed = take(tensors, "weight", kind, (size,))
+    scales = take(tensors, "weight.scales", torch.float32, (blocks,))
+    if not torch.isfinite(scales).all():
+        raise QuantizationError("weight.scales: a scale is not finite")
+    return AffineTensor(packed, scales, zeros, bits, block_size, shape, dtype)
 
 
 def _read_state(text: Tensor, name: str) -> tuple[torch.Size, int, torch.dtype]:

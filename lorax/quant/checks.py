@@ -1,4 +1,4 @@
-"""What is refused before a tensor is quantized, or while one is read."""
+"""Input checks: the tensor and block size to quantize, and the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,21 +8,45 @@ import torch
 from torch import Tensor
 
 from lorax.errors import QuantizationError
+from lorax.quant.blockwise import BLOCK_SIZES
 
 SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_source(weight: Tensor, name: str, nonfinite: str = "raise") -> bool:
-    """Whether a tensor's values are all finite; refuse what cannot be quantized.
+def check_block_size(block_size: int, name: str) -> None:
+    """Raise QuantizationError, with `name` in it, unless block_size is one of BLOCK_SIZES."""
+    if block_size not in BLOCK_SIZES:
+        raise QuantizationError(
+            f"{name}: block_size {block_size} is not supported; expected one of {BLOCK_SIZES}"
+        )
 
-    Args:
-        weight: the tensor that is to be quantized, of any shape.
-        name: what messages call it.
-        nonfinite: "raise", or "allow", and the answer may be False.
+
+def check_input(
+    weight: Tensor, format: str, formats: tuple[str, ...], block_size: int, name: str,
+    nonfinite: str,
+) -> bool:  # fmt: skip
+    """All checks of a blockwise `quantize`; return whether the weight's values are all finite.
 
     Raises:
-        QuantizationError: a dtype that is no float, an unknown policy, or values that are not
-            finite, with how many there are and where the first one stands.
+        QuantizationError: `format` is not one of `formats`, or see the two checks.
+    """
+    if format not in formats:
+        raise QuantizationError(f"{name}: format {format!r} is unknown; expected one of {formats}")
+    check_block_size(block_size, name)
+    return check_source(weight, name, nonfinite)
+
+
+def check_source(weight: Tensor, name: str, nonfinite: str = "raise") -> bool:
+    """Check that a tensor can be quantized; return whether all its values are finite.
+
+    Args:
+        weight: the tensor to quantize, any shape.
+        name: the tensor's name in messages.
+        nonfinite: "raise", or "allow": then NaN and infinity are reported by returning False.
+
+    Raises:
+        QuantizationError: a dtype other than float32, float16 and bfloat16, an unknown `nonfinite`,
+            or non-finite values (the message counts them and gives the first one's index).
     """
     if nonfinite not in ("raise", "allow"):
         raise QuantizationError(f"nonfinite is {nonfinite!r}; expected 'raise' or 'allow'")
@@ -51,7 +75,7 @@ def check_source(weight: Tensor, name: str, nonfinite: str = "raise") -> bool:
 def take(
     tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> Tensor:
-    """The tensor of that name, whose dtype and shape must be these."""
+    """tensors[name]; QuantizationError if it is missing or has another dtype or shape."""
     if name not in tensors:
         raise QuantizationError(f"{name} is missing; found {sorted(tensors)}")
     tensor = tensors[name]

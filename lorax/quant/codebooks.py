@@ -1,12 +1,7 @@
 """The table of 4-bit codebooks: the 16 values that the codes 0 ... 15 stand for.
 
-Each codebook is one entry here, and the rest of lorax asks this table: formats, recipes, help
-texts, checkpoints, the decoders in PyTorch, C++ and Triton. A researcher adds an entry in a line,
-
-    lorax.register_codebook("sym4", [(2 * code - 15) / 15 for code in range(16)])
-
-and "sym4" and "sym4-dq" are formats like any other. Values lie in [-1, 1], for a block is divided
-by its largest magnitude before the nearest value is looked for (blockwise.py).
+Every part of lorax that needs a codebook reads this table; `lorax.register_codebook` (register.py)
+adds an entry. Values lie in [-1, 1]: blockwise.py divides a block by its largest magnitude first.
 
 **NF4** (NormalFloat, Dettmers et al. 2023, arXiv:2305.14314, section 3). Trained weights are nearly
 normal, so a good 4-bit code puts its 16 values where equal shares of a normal distribution lie. Two
@@ -25,19 +20,12 @@ zeros, 0000 and 1000: what is just above zero becomes the second one, and comes 
 
     code     0    1      2     3    4    5    6    7     8 ... 15
     value    0  .0052  .667    1  .333  .5  .167  .25    the same, negative
-
-The table needs no torch, so that recipes and help texts can ask it; torch comes with `four_bit`.
 """
 
 from __future__ import annotations
 
-import math
-import re
-import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lorax.errors import QuantizationError
@@ -45,15 +33,14 @@ from lorax.errors import QuantizationError
 if TYPE_CHECKING:
     import torch
 
-RESERVED = re.compile(r"int\d*|none|auto|original")  # names that mean something else as a format
-
 
 @dataclass(frozen=True)
 class Codebook:
-    """One entry: the value of each code, and where it comes from.
+    """A codebook.
 
-    values: 16 floats in [-1, 1], read as float32, in any order.
-    bitsandbytes: its quant_type in bitsandbytes' files; None where those have no such codebook.
+    values: 16 floats in [-1, 1], stored as float32; values[code], in any order.
+    source: the paper or program that defines the values.
+    bitsandbytes: the `quant_type` in bitsandbytes' files; None if it has no such codebook.
     """
 
     name: str
@@ -71,67 +58,14 @@ NF4_VALUES = (
 _FP4_MAGNITUDES = tuple(x / 12 for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 FP4_VALUES = (*_FP4_MAGNITUDES, *(0.0 - x for x in _FP4_MAGNITUDES))
 
-CODEBOOKS = {
+CODEBOOKS = {  # plain floats, so that recipes and help texts can read it without torch
     "nf4": Codebook("nf4", NF4_VALUES, "QLoRA, arXiv:2305.14314", "nf4"),
     "fp4": Codebook("fp4", FP4_VALUES, "bitsandbytes, E2M1 divided by 12", "fp4"),
 }
 
 
-def register_codebook(name: str, values: Iterable[float], source: str = "") -> None:
-    """Add a codebook: `name` and `name`-dq become formats of lorax, in this process.
-
-    Args:
-        name: lower-case letters, digits and "_", a letter first.
-        values: the 16 values of the codes 0 ... 15, in [-1, 1] and in any order. Zero need not be
-            among them; an all-zero block comes back as zeros all the same.
-        source: where the values come from, for people.
-
-    Raises:
-        QuantizationError: a name that is taken or no name, or values that are no codebook.
-            The same name with the same values again changes nothing.
-    """
-    found = tuple(_float32(value) for value in values)
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or RESERVED.fullmatch(name):
-        raise QuantizationError(
-            f"codebook {name!r}: expected a name of lower-case letters, digits and '_', "
-            "a letter first, and none of int8, int4, none, auto, original"
-        )
-    _check_values(name, found)
-    if name in CODEBOOKS and tuple(map(_float32, CODEBOOKS[name].values)) != found:
-        raise QuantizationError(f"codebook {name!r} is there with other values; take another name")
-    CODEBOOKS.setdefault(name, Codebook(name, found, source))
-
-
-def _float32(value: float) -> float:
-    """The value rounded to float32; infinite where it does not fit."""
-    try:
-        return float(struct.unpack("<f", struct.pack("<f", float(value)))[0])
-    except OverflowError:
-        return math.inf
-
-
-def _check_values(name: str, values: tuple[float, ...]) -> None:
-    if len(values) != 16 or not all(abs(value) <= 1 for value in values):
-        raise QuantizationError(
-            f"codebook {name!r}: expected 16 values in [-1, 1], found {len(values)}: {values}"
-        )
-    # nearest.py tells codes apart by the upper 16 bits of the boundaries between them.
-    ascending = sorted(values)
-    middles = [(low + high) / 2 for low, high in pairwise(ascending)]
-    cells = [struct.pack(">f", middle)[:2] for middle in middles]
-    if len(set(cells)) < len(cells):
-        raise QuantizationError(
-            f"codebook {name!r} is too fine: two boundaries between its values agree in their "
-            "upper 16 bits; move the values apart by more than 1 % of their size"
-        )
-
-
 def find(name: str) -> Codebook:
-    """The codebook of that name.
-
-    Raises:
-        QuantizationError: there is none, with those that there are.
-    """
+    """The codebook of that name; a QuantizationError lists the known ones if there is none."""
     if name not in CODEBOOKS:
         raise QuantizationError(
             f"codebook {name!r} is unknown; expected one of {tuple(CODEBOOKS)}, "
@@ -141,14 +75,14 @@ def find(name: str) -> Codebook:
 
 
 def formats(bitsandbytes: bool = False) -> tuple[str, ...]:
-    """The format names of all codebooks, "nf4", "nf4-dq", ...; or of those bitsandbytes has."""
+    """Format names, two per codebook: "nf4", "nf4-dq", ...; optionally only bitsandbytes' own."""
     entries = [c for c in CODEBOOKS.values() if c.bitsandbytes or not bitsandbytes]
     return tuple(f"{entry.name}{second}" for entry in entries for second in ("", "-dq"))
 
 
 @cache
 def four_bit(name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The values of a codebook on a device: (16,) float32, one tensor for all who ask."""
+    """The values of a codebook: (16,) float32 on `device`, cached; do not write to it."""
     import torch
 
     return torch.tensor(find(name).values, dtype=torch.float32, device=device)

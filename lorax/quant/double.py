@@ -1,17 +1,14 @@
 """Double quantization: the scales themselves in 8 bits (QLoRA, arXiv:2305.14314, section 3).
 
-    offset = mean(absmax)                         r = absmax - offset
-    codes, absmax2 = blockwise 8-bit of r         256 scales a block, the dynamic map
-    back: dynamic_map[codes] * absmax2 + offset   in float32, rounded after each operation
+    offset = mean(absmax)                               () float32
+    codes, absmax2 = blockwise(absmax - offset)         256 scales a block, the dynamic 8-bit map
+    absmax' = dynamic_map[codes] * absmax2 + offset     in float32, rounded after each operation
 
-For blocks of 64 that turns 32/64 bits a weight into 8/64 + 32/(64 * 256): 0.373 bits saved (not
-0.5, as is often said).
+For blocks of 64 this turns 32/64 bits a weight into 8/64 + 32/(64 * 256): it saves 0.373 bits.
 
-The mean makes the scales small numbers around zero, which the dynamic map stores well: their error
-is at most 0.0070 * absmax2. But that is an absolute error. In a tensor where one row in eight is a
-thousand times smaller than the others, those rows' scales drown in it: bitsandbytes then brings
-them back with a relative error of 5.8. So lorax measures what the second level costs, row by row,
-and keeps float32 scales for a tensor where it costs too much (double_safety.py).
+Without their mean the scales lie around zero, where the dynamic map is dense: the error is at most
+0.0070 * absmax2. But that error is absolute, so scales a thousand times smaller than their
+neighbours drown in it; double_safety.py measures that row by row and then keeps float32 scales.
 """
 
 from __future__ import annotations
@@ -32,8 +29,8 @@ NESTED_BLOCK_SIZE = 256
 class NestedScales:
     """The second level of double quantization.
 
-    absmax: (ceil(blocks / 256),) float32, the scale of each group of 256 first-level scales.
-    offset: () float32, the mean that was taken off before quantizing.
+    absmax: (ceil(blocks / 256),) float32, one scale for 256 first-level scales.
+    offset: () float32, the mean subtracted before quantizing.
     """
 
     absmax: Tensor
@@ -41,7 +38,7 @@ class NestedScales:
 
 
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
-    """Quantize scales (blocks,) float32: codes (blocks,) uint8, and what decodes them."""
+    """absmax (blocks,) float32 -> codes (blocks,) uint8 and the second level that decodes them."""
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     code = dynamic_map(device=absmax.device)  # (256,)
     quantize = quantize_blockwise
@@ -52,7 +49,7 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
 
 
 def dequantize_scales(codes: Tensor, nested: NestedScales) -> Tensor:
-    """The way back: (blocks,) float32."""
+    """Inverse of `quantize_scales`: codes (blocks,) uint8 -> (blocks,) float32."""
     scales = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
     code = dynamic_map(device=codes.device)
     dequantize_blockwise(codes, nested.absmax, code, NESTED_BLOCK_SIZE, scales)

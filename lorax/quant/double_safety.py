@@ -17,6 +17,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lorax.quant import codebooks
+from lorax.quant.decode import code_values
+from lorax.quant.four_bit import FourBitTensor
+
 MAX_RMS_GROWTH = 1.05  # of the root mean square of the rows' relative errors
 MAX_ROW_GROWTH = 2.0  # of any one row's
 MARGIN = 1 - 2**-9
@@ -26,6 +30,43 @@ CHUNK_ELEMENTS = 2**19
 Values = Callable[[int, int], Tensor]
 
 log = logging.getLogger("lorax")
+
+
+def keeps_float_scales(
+    weight: Tensor, plain: FourBitTensor, double: FourBitTensor, finite: bool, name: str
+) -> bool:
+    """Whether `plain` must be kept instead of `double`; if so, one line in the log says why.
+
+    Args:
+        weight: the tensor before quantization.
+        plain, double: the same codes with float32 scales and with double-quantized scales.
+        finite: whether the weight's values are all finite.
+        name: the tensor's name in the log.
+    """
+    if not finite or _needs_zero_scales(plain):
+        reason = "zero or non-finite blocks need exact scales"
+    elif not is_safe(weight, _values_of(plain), plain.absmax, double.scales(), plain.block_size):
+        reason = "its rows differ too much in scale for double quantization"
+    else:
+        return False
+    log.warning("%s: %s; it keeps float32 scales", name, reason)
+    return True
+
+
+def _needs_zero_scales(plain: FourBitTensor) -> bool:
+    """Whether a zero block needs a scale of exactly zero: the codebook has no zero."""
+    has_zero = 0.0 in codebooks.find(plain.quant_type).values
+    return not has_zero and bool((plain.absmax == 0).any())
+
+
+def _values_of(plain: FourBitTensor) -> Values:
+    """A function (start, stop) -> codebook values of that flat range, float32; start even."""
+
+    def values(start: int, stop: int) -> Tensor:
+        packed = plain.packed[start // 2 : (stop + 1) // 2]
+        return code_values(packed, plain.quant_type)[: stop - start]
+
+    return values
 
 
 def is_safe(weight: Tensor, values: Values, one: Tensor, two: Tensor, block_size: int) -> bool:
@@ -81,8 +122,3 @@ def _row_errors(
             squares = (a * a * cc - 2 * a * cx + xx).view(stop - start, -1).sum(1)
             found[start:stop] = (squares.clamp_min(0) / size).sqrt().nan_to_num(0.0)
     return errors
-
-
-def say_fallback(name: str, why: str) -> None:
-    """One line, in the log, for a tensor that keeps float32 scales."""
-    log.warning("%s: %s; it keeps float32 scales", name, why)

@@ -49,6 +49,8 @@ from lorax.errors import QuantizationError
 from lorax.quant import names
 from lorax.quant.blockwise import CHUNK_ELEMENTS
 from lorax.quant.checks import check_source, take
+from lorax.quant.scratch import output_of
+from lorax.quant.state_dict import reader
 from lorax.quant.tensor import QuantizedTensor
 
 THRESHOLD = 6.0
@@ -89,7 +91,7 @@ class Int8Tensor(QuantizedTensor):
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """codes * SCB / 127, as `int8_vectorwise_dequant` computes it, rounded once."""
-        out = self.output(dtype, out)
+        out = output_of(self, dtype, out)
         step = max(1, CHUNK_ELEMENTS // max(1, self.shape[1]))
         for start in range(0, self.shape[0], step):
             rows = slice(start, start + step)
@@ -104,42 +106,9 @@ class Int8Tensor(QuantizedTensor):
             "weight_format": torch.tensor(0, dtype=torch.uint8),
         }
 
-    def to_bitsandbytes(self) -> dict[str, Tensor]:
-        """The same as `state_dict`."""
-        return self.state_dict()
-
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = x W^T + b with x quantized too: the function `linear` of this file."""
         return linear(x, self, bias)
-
-    @staticmethod
-    def reads(tensors: Mapping[str, Tensor]) -> bool:
-        """See `QuantizedTensor`."""
-        return "SCB" in tensors or "weight_format" in tensors
-
-    @staticmethod
-    def from_state_dict(
-        tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16
-    ) -> Int8Tensor:
-        """Read what `state_dict` gives; `weight_format` may be missing, and `dtype` is not in it.
-
-        Raises:
-            QuantizationError: a tensor is missing, damaged or in an old, tiled layout.
-        """
-        codes = tensors.get("weight")
-        if codes is None or codes.dim() != 2 or codes.dtype != torch.int8:
-            found = "missing" if codes is None else f"{codes.dtype} {tuple(codes.shape)}"
-            raise QuantizationError(f"weight: {found}; expected int8 (out, in)")
-        layout = tensors.get("weight_format", torch.zeros((), dtype=torch.uint8))
-        if layout.numel() != 1 or layout.item() != 0:
-            raise QuantizationError(
-                f"weight_format: {layout.flatten().tolist()[:4]}; lorax reads 0, codes by rows, "
-                "which bitsandbytes has written since 0.45"
-            )
-        scales = take(tensors, "SCB", torch.float32, codes.shape[:1])
-        if not torch.isfinite(scales).all():
-            raise QuantizationError("SCB: a scale is not finite")
-        return Int8Tensor(codes.contiguous(), scales, dtype)
 
 
 def quantize(
@@ -171,6 +140,31 @@ def quantize(
         rows = slice(start, start + step)
         codes[rows], scales[rows] = quantize_rows(half[rows])
     return Int8Tensor(codes, scales, weight.dtype)
+
+
+@reader(lambda names: "SCB" in names or "weight_format" in names)
+def from_state_dict(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Int8Tensor:
+    """Inverse of `Int8Tensor.state_dict`; `weight_format` may be missing.
+
+    dtype: before quantization, which the tensors do not state.
+
+    Raises:
+        QuantizationError: a tensor is missing, damaged or in an old, tiled layout.
+    """
+    codes = tensors.get("weight")
+    if codes is None or codes.dim() != 2 or codes.dtype != torch.int8:
+        found = "missing" if codes is None else f"{codes.dtype} {tuple(codes.shape)}"
+        raise QuantizationError(f"weight: {found}; expected int8 (out, in)")
+    layout = tensors.get("weight_format", torch.zeros((), dtype=torch.uint8))
+    if layout.numel() != 1 or layout.item() != 0:
+        raise QuantizationError(
+            f"weight_format: {layout.flatten().tolist()[:4]}; lorax reads 0, codes by rows, "
+            "which bitsandbytes has written since 0.45"
+        )
+    scales = take(tensors, "SCB", torch.float32, codes.shape[:1])
+    if not torch.isfinite(scales).all():
+        raise QuantizationError("SCB: a scale is not finite")
+    return Int8Tensor(codes.contiguous(), scales, dtype)
 
 
 def quantize_rows(half: Tensor) -> tuple[Tensor, Tensor]:

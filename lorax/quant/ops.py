@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorax.backend import backend as backend
 from lorax.backend import kernels_for
-from lorax.backend import uses_compiled as uses_compiled
-from lorax.backend import uses_triton as uses_triton
 from lorax.kernels.weight import PackedWeight
 
 WEIGHT = (
@@ -75,9 +72,11 @@ _matmul.register_autograd(_matmul_backward, setup_context=_keep_weight)
 
 
 def matmul_4bit(x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
-    """y = x W^T + b: (..., K) -> (..., N), in x's dtype. The gradient goes to x alone."""
-    y: Tensor = _matmul(x, bias, *weight)
-    return y
+    """y = x W^T + b: (..., K) -> (..., N), in x's dtype, with gradients for x and a trained b."""
+    trained = bias if bias is not None and bias.requires_grad else None
+    frozen = None if trained is not None else bias
+    y: Tensor = _matmul(x, frozen, *weight)
+    return y if trained is None else y + trained
 
 
 @torch.library.custom_op(
@@ -148,9 +147,11 @@ _lora_linear.register_autograd(_lora_gradients, setup_context=_keep_lora)
 def lora_linear_4bit(
     x: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None, weight: PackedWeight
 ) -> Tensor:
-    """y = x W^T + b + scaling * (x A^T) B^T, with gradients for x, A and B.
+    """y = x W^T + b + scaling * (x A^T) B^T, with gradients for x, A, B and a trained b.
 
     x (..., K); W (N, K); A (r, K) and B (N, r), of any floating dtype; y (..., N) in x's dtype.
     """
-    y: Tensor = _lora_linear(x, A, B, scaling, bias, *weight)[0]  # (..., N)
-    return y
+    trained = bias if bias is not None and bias.requires_grad else None
+    frozen = None if trained is not None else bias
+    y: Tensor = _lora_linear(x, A, B, scaling, frozen, *weight)[0]  # (..., N)
+    return y if trained is None else y + trained

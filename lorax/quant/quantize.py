@@ -5,11 +5,12 @@ Whoever needs every format imports this file: with it all subclasses of Quantize
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorax.errors import QuantizationError
 from lorax.quant import affine, four_bit, int8, names
-from lorax.quant.blockwise import check_block_size
+from lorax.quant.checks import check_block_size
+from lorax.quant.linear import QuantizedLinear
 from lorax.quant.tensor import QuantizedTensor
 
 
@@ -53,3 +54,9 @@ def check_request(format: str, block_size: int | None = None, name: str = "weigh
     if format == names.INT8:
         raise QuantizationError(f"{name}: format 'int8' uses per-row scales; remove block_size")
     check_block_size(block_size, name)
+
+
+def stored_format(model: nn.Module) -> str | None:
+    """The format of the model's first QuantizedLinear, or None."""
+    found = (m.quantized.format for m in model.modules() if isinstance(m, QuantizedLinear))
+    return next(found, None)

@@ -1,7 +1,7 @@
-"""One buffer for decoded weights, used again by every layer.
+"""Output buffers for decoding, and the scratch buffer that all layers share.
 
 The scratch is one buffer per thread, device and dtype, grown to the largest weight: a fresh 64 MB
-buffer costs 20 ms in page faults on a CPU, more than the decoding itself.
+buffer costs 20 ms of page faults on a CPU, more than the decoding itself.
 """
 
 from __future__ import annotations
@@ -13,31 +13,51 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lorax.errors import QuantizationError
+
 
 class Decodable(Protocol):
-    """What the scratch needs of a quantized weight."""
+    """What the buffers need to know of a quantized weight (tensor.py)."""
 
     shape: torch.Size
+    dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie."""
+        """The device of the tensors."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Codes and scales."""
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-        """Decode, into `out`."""
+        """Decode into `out`."""
+
+
+def output_of(q: Decodable, dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
+    """The buffer that q's `dequantize` writes: `out`, checked, or a new tensor of q's shape.
+
+    Raises:
+        QuantizationError: `out` has another shape or device, or is not contiguous.
+    """
+    if out is None:
+        return torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
+    if out.shape != q.shape or not out.is_contiguous() or out.device != q.device:
+        raise QuantizationError(
+            f"dequantize: out is {tuple(out.shape)} on {out.device}"
+            f"{'' if out.is_contiguous() else ', not contiguous'}; "
+            f"expected a contiguous {tuple(q.shape)} on {q.device}"
+        )
+    return out
 
 
 _scratch = threading.local()
 
 
 def dequantize_into_scratch(weight: Decodable, dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`, of its shape, in this thread's scratch buffer.
+    """Decode a weight to `dtype` in this thread's scratch buffer; return a view of its shape.
 
-    Valid until the next call, never to be kept or written to. What the buffer still holds is not
-    decoded again: DoRA asks twice for the same weight.
+    The view is valid until the next call; do not keep it or write to it. A weight that the buffer
+    still holds is not decoded again: DoRA needs the same weight twice.
     """
     if not hasattr(_scratch, "buffers"):
         _scratch.buffers, _scratch.held = {}, {}
@@ -60,7 +80,7 @@ def dequantize_into_scratch(weight: Decodable, dtype: torch.dtype) -> Tensor:
 
 
 def _versions(weight: Decodable) -> list[int] | None:
-    """How often each of its tensors was written to; None where torch does not count that."""
+    """torch's write counters of the weight's tensors; inference tensors have none: None."""
     tensors = weight.tensors()
     if any(tensor.is_inference() for tensor in tensors):
         return None

@@ -17,21 +17,74 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorax.errors import QuantizationError
-from lorax.quant import codebooks
+from lorax.quant import codebooks, names
 from lorax.quant.blockwise import BLOCK_SIZES
 from lorax.quant.double import NestedScales
 from lorax.quant.dynamic_map import dynamic_map
+from lorax.quant.four_bit import FourBitTensor
+from lorax.quant.tensor import QuantizedTensor
 
 _STATE = "weight.quant_state."
 _OURS = "lorax__int"  # integers, which affine.py reads
+Reader = Callable[[Mapping[str, Tensor], torch.dtype], QuantizedTensor]
+_READERS: list[tuple[Callable[[Mapping[str, Tensor]], bool], Reader]] = []
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def reader(
+    recognizes: Callable[[Mapping[str, Tensor]], bool],
+) -> Callable[[Reader], Reader]:
+    """Register a function that reads one format's `state_dict`, for `read`.
+
+    recognizes: whether tensors with these names are of that format.
+    """
+
+    def register(function: Reader) -> Reader:
+        _READERS.append((recognizes, function))
+        return function
+
+    return register
+
+
+def read(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> QuantizedTensor:
+    """Inverse of `QuantizedTensor.state_dict`, and so of `to_bitsandbytes`.
+
+    Args:
+        tensors: a weight's tensors by checkpoint name, with "weight" for the codes.
+        dtype: before quantization; used for "int8" only, whose tensors do not state it.
+
+    Raises:
+        QuantizationError: a tensor is missing, has the wrong dtype or size, or the names belong to
+            no format.
+    """
+    for recognizes, function in _READERS:
+        if recognizes(tensors):
+            return function(tensors, dtype)
+    raise QuantizationError(
+        f"weight: expected one tensor {_STATE}bitsandbytes__nf4 or fp4 beside it, "
+        f"or SCB, or one of lorax's own; found {sorted(tensors)}"
+    )
+
+
+def to_bitsandbytes(q: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors under bitsandbytes' names.
+
+    Raises:
+        QuantizationError: bitsandbytes has no such format.
+    """
+    if q.format not in names.bitsandbytes_formats():
+        raise QuantizationError(
+            f"bitsandbytes has no format {q.format}; `state_dict` gives the tensors under "
+            "lorax's own names"
+        )
+    return q.state_dict()
 
 
 def is_state(name: str) -> bool:
@@ -49,44 +102,36 @@ def state_name(quant_type: str) -> str:
     return f"{_STATE}bitsandbytes__{known}" if known else f"{_STATE}lorax__{quant_type}"
 
 
-def pack(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: NestedScales | None,
-    quant_type: str,
-    block_size: int,
-    shape: torch.Size,
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """The tensors under the names above, with "weight" for the weight; see `FourBitTensor`."""
-    device = packed.device
+def pack(q: FourBitTensor) -> dict[str, Tensor]:
+    """The tensors of a four-bit weight under the names above."""
     state: dict[str, Any] = {
-        "quant_type": quant_type,
-        "blocksize": block_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": list(shape),
+        "quant_type": q.quant_type,
+        "blocksize": q.block_size,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "shape": list(q.shape),
     }
     tensors = {
-        "weight": packed.view(-1, 1),
-        "weight.absmax": absmax,
+        "weight": q.packed.view(-1, 1),
+        "weight.absmax": q.absmax,
         # a copy each time: safetensors refuses tensors that share memory
-        "weight.quant_map": codebooks.four_bit(quant_type).to(device, copy=True),
+        "weight.quant_map": codebooks.four_bit(q.quant_type).to(q.device, copy=True),
     }
-    if nested is not None:
-        tensors["weight.nested_absmax"] = nested.absmax
-        tensors["weight.nested_quant_map"] = dynamic_map().to(device, copy=True)
+    if q.nested is not None:
+        tensors["weight.nested_absmax"] = q.nested.absmax
+        tensors["weight.nested_quant_map"] = dynamic_map().to(q.device, copy=True)
         state |= {
             "nested_blocksize": 256,
             "nested_dtype": "float32",
-            "nested_offset": nested.offset.item(),
+            "nested_offset": q.nested.offset.item(),
         }
     text = json.dumps(state).encode()
-    tensors[state_name(quant_type)] = torch.tensor(list(text), dtype=torch.uint8)
+    tensors[state_name(q.quant_type)] = torch.tensor(list(text), dtype=torch.uint8)
     return tensors
 
 
-def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """FourBitTensor's fields from the tensors that `pack` or bitsandbytes wrote.
+@reader(lambda names: any(is_state(name) for name in names))
+def unpack(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FourBitTensor:
+    """Inverse of `pack`, also for tensors that bitsandbytes wrote; `dtype` is unused.
 
     Raises:
         QuantizationError: a tensor is missing or has the wrong dtype or size, the codebook is not
@@ -105,15 +150,15 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     code = codebooks.four_bit(state["quant_type"])
     _check_code(_take(tensors, "weight.quant_map"), code, "weight.quant_map")
     scale_dtype = torch.uint8 if double else torch.float32
-    return {
-        "packed": packed,
-        "absmax": _sized(tensors, "weight.absmax", blocks, scale_dtype),
-        "shape": shape,
-        "dtype": _DTYPES[state["dtype"]],
-        "block_size": block_size,
-        "nested": _nested(tensors, blocks, state["nested_offset"]) if double else None,
-        "quant_type": state["quant_type"],
-    }
+    return FourBitTensor(
+        packed=packed,
+        absmax=_sized(tensors, "weight.absmax", blocks, scale_dtype),
+        shape=shape,
+        dtype=_DTYPES[state["dtype"]],
+        block_size=block_size,
+        nested=_nested(tensors, blocks, state["nested_offset"]) if double else None,
+        quant_type=state["quant_type"],
+    )
 
 
 def _nested(tensors: Mapping[str, Tensor], blocks: int, offset: float) -> NestedScales:
@@ -125,16 +170,16 @@ def _nested(tensors: Mapping[str, Tensor], blocks: int, offset: float) -> Nested
 
 
 def _read_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    names = [name for name in tensors if is_state(name)]
-    quant_type = names[0].partition("__")[2] if len(names) == 1 else ""
-    if len(names) == 1 and names[0] == f"{_STATE}lorax__{quant_type}":
+    found = [name for name in tensors if is_state(name)]
+    quant_type = found[0].partition("__")[2] if len(found) == 1 else ""
+    if len(found) == 1 and found[0] == f"{_STATE}lorax__{quant_type}":
         codebooks.find(quant_type)  # says how to register it
-    if quant_type not in codebooks.CODEBOOKS or names != [state_name(quant_type)]:
+    if quant_type not in codebooks.CODEBOOKS or found != [state_name(quant_type)]:
         raise QuantizationError(
-            f"expected one tensor {_STATE}bitsandbytes__nf4 or fp4, found {names or 'none'}"
+            f"expected one tensor {_STATE}bitsandbytes__nf4 or fp4, found {found or 'none'}"
         )
     try:
-        state = json.loads(bytes(tensors[names[0]].cpu().tolist()))
+        state = json.loads(bytes(tensors[found[0]].cpu().tolist()))
         shape = [int(size) for size in state["shape"]]
         block_size = int(state["blocksize"])
         valid = (
@@ -147,9 +192,9 @@ def _read_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             and math.isfinite(state.get("nested_offset", 0.0))
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise QuantizationError(f"{names[0]}: not a bitsandbytes state ({error!r})") from None
+        raise QuantizationError(f"{found[0]}: not a bitsandbytes state ({error!r})") from None
     if not valid:
-        raise QuantizationError(f"{names[0]}: values that lorax does not read: {state}")
+        raise QuantizationError(f"{found[0]}: values that lorax does not read: {state}")
     return {**state, "shape": shape, "blocksize": block_size}
 
 

@@ -1,12 +1,12 @@
 """Cross entropy over a vocabulary, without keeping the logits.
 
-With N trained tokens and a vocabulary of V the logits are (N, V): at 4 x 512 tokens and V = 128,256
-that is 1 GB in float32, and as much again for their gradient. Two savings change no number:
+N trained tokens and a vocabulary of V give logits (N, V): for 4 x 512 tokens and V = 128,256 that
+is 1 GB in float32, and as much again for their gradient. Two savings change no number:
 
-- Only the hidden states in front of a trained token go through the head, not prompts and padding.
-- Over a frozen head the gradient of the hidden states is all that is wanted, and it is known as
-  soon as the loss is: dX = (softmax(X W^T) - onehot) W. So both are computed a chunk of rows at a
-  time, and the chunk's logits are forgotten. On CUDA a Triton kernel does the chunk's softmax.
+- Only hidden states that predict a trained token go through the head, not prompts and padding.
+- A frozen head needs no gradient of its own, and that of the hidden states is known together with
+  the loss: dX = (softmax(X W^T) - onehot) W. So both are computed for a chunk of rows at a time and
+  the chunk's logits are dropped. On CUDA a Triton kernel computes the chunk's softmax.
 """
 
 from typing import Any
@@ -17,16 +17,15 @@ from torch import Tensor, nn
 
 from lorax.backend import uses_triton
 from lorax.models import Model
-from lorax.training.fused_loss import cross_entropy_frozen_head
 
 CHUNK_LOGITS = 2**23  # 32 MiB in float32
 
 
 def summed_loss(model: Model, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """The sum of -log p over the labelled tokens: () float32.
+    """Sum of -log p over the trained tokens: () float32.
 
-    input_ids, labels: (B, T) int64. labels[b, t] is the token at place t, or -100 where it does
-    not count; it is predicted from the places before t.
+    input_ids, labels: (B, T) int64. labels[b, t] is the token at position t, or -100 for a token
+    that is not trained; it is predicted from positions 0 ... t - 1.
     """
     hidden = model.hidden_states(input_ids)[:, :-1]  # (B, T - 1, C)
     targets = labels[:, 1:]
@@ -35,9 +34,11 @@ def summed_loss(model: Model, input_ids: Tensor, labels: Tensor) -> Tensor:
 
 
 def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """Sum of cross entropies of hidden (N, C) behind `head`, against targets (N,)."""
+    """Sum of the cross entropies of head(hidden), hidden (N, C), with targets (N,): () float32."""
     if isinstance(head, nn.Linear) and not head.weight.requires_grad and head.bias is None:
         if uses_triton(hidden):
+            from lorax.training.fused_loss import cross_entropy_frozen_head
+
             return cross_entropy_frozen_head(hidden, head.weight, targets)
         return _FrozenHeadLoss.apply(hidden, head.weight, targets)
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")

@@ -19,7 +19,7 @@ from lorax.errors import EnvironmentProblem, FormatError, LoraxError, UsageError
 from lorax.formats.open_model import open_model
 from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.merging import laboratory as merging
-from lorax.quant.linear import stored_format
+from lorax.quant.quantize import stored_format
 
 ROWS = '{"prompt": "say ", "completion": "bb"}\n' * 4
 

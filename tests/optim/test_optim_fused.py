@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lorax.backend import backend
 from lorax.kernels import adamw as kernels
 from lorax.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, flat
 from lorax.optim.adamw8bit import SIGNED_ZERO
 from lorax.optim.fused import Launches, takes_kernel
-from lorax.quant.ops import backend
 
 SHAPES = [(16, 37), (5,), (), (3, 200), (1,), (0,), (2, 256)]  # the interpreter is slow
 STEPS = 12
