@@ -7,17 +7,16 @@ files, 5 numerical stop, 130 / 143 signals.
 from __future__ import annotations
 
 import json
+import logging
 import sys
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
-from rich.console import Console
-from rich.text import Text
 
-from lorax.errors import LoraxError, UsageError, one_line
+from lorax.console import ConsoleLog, PlainConsole
+from lorax.errors import FormatError, LoraxError, UsageError, visible
 from lorax.quant import codebooks, names
 from lorax.version import __version__
 
@@ -32,8 +31,8 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
-out = Console()
-err = Console(stderr=True)
+out = PlainConsole()
+err = PlainConsole(stderr=True)
 
 
 def _path(_: Any, tokens: Any) -> Path:
@@ -73,16 +72,18 @@ Json = Annotated[bool, Parameter(help="Print one JSON object.", negative="")]
 
 def main() -> None:
     """Run the command line; every error that a user can cause is one line on stderr."""
+    if not logging.getLogger("lorax").handlers:
+        logging.getLogger("lorax").addHandler(ConsoleLog(err))
     try:
         command, given, _ = app.parse_args(exit_on_error=False, print_error=False)
         named = {name: _at_home(value) for name, value in given.kwargs.items()}
         command(*map(_at_home, given.args), **named)
     except (CycloptsError, LoraxError) as error:
-        err.print(Text.assemble(("error: ", "bold red"), one_line(error)), soft_wrap=True)
+        err.line(error, "error: ")
         sys.exit(error.exit_code if isinstance(error, LoraxError) else UsageError.exit_code)
     except KeyboardInterrupt as interrupt:
         line = ": ".join(["interrupted", *map(str, interrupt.args)])
-        err.print(line, markup=False, highlight=False, soft_wrap=True)
+        err.line(line)
         sys.exit(getattr(interrupt, "exit_code", 130))
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
@@ -115,7 +116,7 @@ def train(
     if dry_run:
         from lorax.training.plan import describe
 
-        out.print(describe(checked), markup=False, highlight=False, soft_wrap=True)
+        out.print(describe(checked), soft_wrap=True)
         return
     from lorax.progress import TrainingProgress
     from lorax.training.loop import train as run_recipe
@@ -170,7 +171,8 @@ def generate(
         tokens.append(token)
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # half a character: wait for the rest
-            print(text[len(shown) :], end="", flush=True)
+            new = text[len(shown) :]
+            print(visible(new, keep="\n\t") if out.is_terminal else new, end="", flush=True)
             shown = text
     print()
 
@@ -221,7 +223,6 @@ def evaluate(
             f"loss {result['eval_loss']:.4f} nats   perplexity {result['eval_perplexity']:.3f}   "
             f"({result['tokens']} tokens in {result['rows']} rows; base {model.name_or_path} in "
             f"{numbers}, {format or 'not quantized'})",
-            highlight=False,
             soft_wrap=True,
         )
 
@@ -634,8 +635,8 @@ def quantize(
     if json:
         _print_json(result.as_dict())
     else:
-        out.print(str(result), highlight=False, soft_wrap=True)
-        out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+        out.print(str(result), soft_wrap=True)
+        out.print(f"wrote {output}", soft_wrap=True)
 
 
 @app.command
@@ -691,9 +692,11 @@ def parse_overrides(tokens: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _toml_value(text: str) -> Any:
+    from lorax.formats.toml_files import parse_toml
+
     try:
-        values = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):  # no TOML, a number of 5000 digits, deep brackets
+        values = parse_toml(f"value = {text}", "value")
+    except FormatError:
         return text
     return values["value"] if len(values) == 1 else text
 
@@ -722,17 +725,17 @@ def _open(
 
 
 def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(text, soft_wrap=True)
 
 
 def _tell(text: str) -> None:
     """A line beside the results: on stderr, so that what reads stdout gets results alone."""
-    err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+    err.print(text, style="dim", soft_wrap=True)
 
 
 def _note(text: str) -> None:
     if err.is_terminal:
-        err.print(text, markup=False, highlight=False, soft_wrap=True)
+        err.print(text, soft_wrap=True)
 
 
 def _show(found: Any) -> None:

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from lorax.adapters.inject import disabled_adapter, embedding_weight
 from lorax.adapters.merge import merge_adapter, unmerge_adapter
+from lorax.console import PlainConsole
 from lorax.data.batches import pad
 from lorax.data.docstrings import write_pairs
 from lorax.data.examples import load_examples
@@ -36,7 +36,7 @@ QUESTIONS = (
 
 
 def run_demo(
-    console: Console, output: Path, steps: int, model: str | None, dtype: str, device: str
+    console: PlainConsole, output: Path, steps: int, model: str | None, dtype: str, device: str
 ) -> Run:
     """Train, then show held-out loss, answers, sizes and the merge's error."""
     check_free(output)
@@ -49,7 +49,7 @@ def run_demo(
         run = train(recipe, progress)
     show(console, run, held_out_file)
     minutes = (time.perf_counter() - started) / 60
-    console.print(f"\nall of it took {minutes:.1f} minutes. Next:", highlight=False)
+    console.print(f"\nall of it took {minutes:.1f} minutes. Next:")
     adapter = run.output_dir / "adapter"
     for command in (
         f'lorax generate {adapter} "What does `zipfile.is_zipfile` do?"',
@@ -57,7 +57,7 @@ def run_demo(
         f"lorax train {run.output_dir / 'config.toml'} "
         f"--train.output_dir {output.with_name(output.name + '-again')} --adapter.r 4",
     ):
-        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {command}", soft_wrap=True)
     return run
 
 
@@ -113,7 +113,7 @@ def smollm2_path() -> str:
     )
 
 
-def show(console: Console, run: Run, held_out_file: Path) -> None:
+def show(console: PlainConsole, run: Run, held_out_file: Path) -> None:
     """Print what the run changed; every number is measured here or read from metrics.jsonl."""
     model, tokenizer = run.model, run.tokenizer
     evaluations = [line for line in run.metrics if "eval_loss" in line]
@@ -121,7 +121,6 @@ def show(console: Console, run: Run, held_out_file: Path) -> None:
     console.print(
         f"\nheld-out loss  {before:.3f} -> {after:.3f} nats a token "
         f"({100 * (after / before - 1):+.0f} %), on modules that were not trained on",
-        highlight=False,
     )
     console.print(_answers(model, tokenizer, held_out_file))
     quantized = [m.quantized for m in model.modules() if isinstance(m, QuantizedLinear)]
@@ -135,8 +134,6 @@ def show(console: Console, run: Run, held_out_file: Path) -> None:
         f"merged   moves the logits by {merged:.1e} of their size in {dtype} "
         f"(the adapter itself: {effect:.1e})\n"
         f"picture  {run.output_dir / 'loss.png'}",
-        markup=False,
-        highlight=False,
         soft_wrap=True,
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lorax.console import PlainConsole
+from lorax.errors import visible
 from lorax.training.loop import Listener
 from lorax.training.metrics import Line
 from lorax.training.plan import Plan
@@ -16,13 +17,13 @@ from lorax.training.plan import Plan
 class TrainingProgress(Listener):
     """Shows what a run tells; a context manager."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: PlainConsole):
         self._console = console
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -92,20 +93,20 @@ class TrainingProgress(Listener):
             )
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
 
 class TensorProgress:
     """Shows how many of a model's tensors are done; a context manager, called after each tensor."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: PlainConsole):
         self._console = console
         self._tenths = 0
         self._bar = Progress(
             TextColumn("tensors"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -126,8 +127,8 @@ class TensorProgress:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         """`done` of `total` tensors are written, `name` was the last."""
-        self._bar.update(self._task, completed=done, total=total, description=name)
+        self._bar.update(self._task, completed=done, total=total, description=visible(name))
         if not self._console.is_terminal and 10 * done // total > self._tenths:
             self._tenths = 10 * done // total
             line = f"{done:>5} of {total} tensors  {name}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)

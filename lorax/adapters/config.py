@@ -10,6 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorax.adapters.config_keys import NOT_COVERED, PeftKeywords, check_unknown, log
+from lorax.adapters.matching import (
+    check_expression,
+    is_plain,
+    matches_end,
+    matches_module,
+    matches_whole,
+    number_behind,
+)
 from lorax.errors import AdapterError
 
 # What PEFT adapts where target_modules is not given, by model type.
@@ -18,6 +26,8 @@ DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 NITER = re.compile(r"pissa_niter_(\d{1,3})")  # PiSSA by a randomized SVD
 
 MAX_RANK = 2**16  # above any layer's width; a stranger's config may ask for anything
+MAX_LOFTQ_ITERATIONS = 100  # each decomposes every weight; LoftQ's authors take 5
+MAX_EXPRESSIONS = 1000  # in one config
 
 # How A and B may have started where nothing of it is left once they are trained: PEFT leaves the
 # base alone. lorax loads such adapters and starts none.
@@ -154,7 +164,7 @@ class LoRAConfig(PeftKeywords):
         """Whether this path is a target, by PEFT's rules (for a given target_modules)."""
         if self.exclude_modules and _matches(self.exclude_modules, name):
             return False
-        if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in self.modules_to_save or []):
+        if any(matches_module(part, name) for part in self.modules_to_save or []):
             return False  # trained as a whole
         if not self.target_modules or not _matches(self.target_modules, name):
             return False
@@ -217,7 +227,7 @@ class LoRAConfig(PeftKeywords):
             raise AdapterError(f"loftq_config: {unknown} unknown; expected loftq_bits, loftq_iter")
         if config["loftq_bits"] != 4:
             raise AdapterError(f"loftq_bits is {config['loftq_bits']!r}; lorax covers 4 (NF4)")
-        check_rank("loftq_iter", config["loftq_iter"])
+        check_rank("loftq_iter", config["loftq_iter"], MAX_LOFTQ_ITERATIONS)
         if config.get("loftq_format", "nf4") not in ("nf4", "nf4-dq"):
             found = config["loftq_format"]
             raise AdapterError(f"loftq_format is {found!r}; expected 'nf4' or 'nf4-dq'")
@@ -230,15 +240,15 @@ class LoRAConfig(PeftKeywords):
     def _layer_number(self, name: str) -> int | None:
         patterns = self.layers_pattern or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-            if match:
-                return int(match.group(match.re.groups))  # the pattern may have groups
+            number = number_behind(pattern, name)
+            if number is not None:
+                return number
         return None
 
     @staticmethod
     def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
         for key, value in patterns.items():
-            if re.match(rf"(.*\.)?({key})$", name):
+            if matches_end(key, name):
                 return value
         return default
 
@@ -252,25 +262,26 @@ class LoRAConfig(PeftKeywords):
         }
         used |= {p: rf".*\.{p}\." for p in ([layers] if isinstance(layers, str) else layers)}
         used |= {m: rf"(^|.*\.){m}($|\..*)" for m in self.modules_to_save or []}
-        for expression, whole in used.items():
-            try:
-                re.compile(expression)
-                re.compile(whole)
-            except re.error as error:
-                raise AdapterError(f"{expression!r} is no regular expression ({error})") from None
+        hard = [expression for expression in used if not is_plain(expression)]
+        if len(hard) > MAX_EXPRESSIONS:
+            raise AdapterError(
+                f"{len(hard)} regular expressions; expected at most {MAX_EXPRESSIONS}, or plain names"
+            )
+        for expression in hard:
+            check_expression(expression, used[expression])
 
 
 def _matches(patterns: list[str] | str, name: str) -> bool:
     """A string is an expression for the whole path; a list holds paths or their ends."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return matches_whole(patterns, name)
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
-def check_rank(name: str, rank: Any) -> None:
-    """Refuse what is no whole number from 1 to MAX_RANK."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-        raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 to {MAX_RANK}")
+def check_rank(name: str, rank: Any, highest: int = MAX_RANK) -> None:
+    """Refuse what is no whole number from 1 to `highest`."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= highest:
+        raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 to {highest}")
 
 
 def _check_alpha(name: str, alpha: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.errors import DataError, EnvironmentProblem, require
+from lorax.files import read_bounded
 
 Row = tuple[dict[str, Any], str]  # the row, and "file:line"
 
@@ -36,7 +37,7 @@ def read_rows(path: Path) -> list[Row]:
 def _read_text(path: Path) -> str:
     """UTF-8 with or without its mark, or UTF-16 with it; line ends stay as they are."""
     try:
-        data = path.read_bytes()
+        data = read_bounded(path)
         is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.errors import FormatError
+from lorax.files import read_bounded
 from lorax.formats.json_files import read_json
 
 FILE = "chat_template.jinja"
@@ -50,12 +51,12 @@ def write_chat_templates(templates: Mapping[str, str], directory: Path) -> None:
 
 
 def _read(path: Path) -> str:
-    if path.stat().st_size > MAX_BYTES:
-        raise FormatError(f"{path}: more than {MAX_BYTES} bytes")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded(path, MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: not UTF-8 ({error})") from None
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error})") from None
 
 
 def _named(found: Any, path: Path) -> dict[str, str]:

@@ -1,19 +1,19 @@
 """Writing a directory so that a reader sees all of it or nothing.
 
 The files go into a hidden directory beside the target; each is flushed to the disk; then one rename
-puts it in place. Where the target is there already, its files are replaced one by one, each by a
-rename. What goes wrong on the way (a full disk, a missing permission) leaves no litter, and the
-target as it was.
+puts it in place. Where the target is there already, the hidden directory gets links to the files
+that stay, and the two change places in one step. What goes wrong on the way (a full disk, a missing
+permission, a killed process) leaves the target as it was; litter goes with the next write.
 
 A target that is a link to a directory, a mount (a container's volume), or lies where nobody may
 write cannot be renamed over, and what lies beside it may be on another disk. There the hidden
-directory is inside the target, and its files move up one by one, config files last: a directory
-without them is taken for no model and no adapter.
+directory is inside the target, and its files move up one by one. The config files go first and come
+last: a directory without them is taken for no model and no adapter, so that a process that is
+killed in between never leaves a new config over old tensors.
 """
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lorax.errors import EnvironmentProblem, UsageError
+from lorax.formats.exchange import exchange
+from lorax.formats.litter import hidden_directory
+
+CONFIGS = ("config.json", "adapter_config.json")
 
 
 @contextmanager
@@ -42,17 +46,12 @@ def written_directory(target: Path | str, *, replace: bool = False) -> Iterator[
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         home = _same_disk(target)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
-    except OSError as error:
-        raise EnvironmentProblem(f"{target}: cannot be written ({error.strerror})") from None
-    try:
-        yield temporary
-        _settle(temporary)
-        _move(temporary, target, home)
+        with hidden_directory(target.name, home) as temporary:
+            yield temporary
+            _settle(temporary)
+            _move(temporary, target, home)
     except (OSError, SafetensorError) as error:
         raise EnvironmentProblem(f"{target}: could not be written ({error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_free(target: Path) -> None:
@@ -92,36 +91,66 @@ def _settle(directory: Path) -> None:
 
 def _move(temporary: Path, target: Path, home: Path) -> None:
     if target.exists() and any(target.iterdir()):  # in there may be no more than `temporary`
-        _replace_files(temporary, target, home)
-        _sync(target)
+        if not _change_places(temporary, target):
+            _replace_files(temporary, target, home)
+            _sync(target)
     else:
         os.rename(temporary, target)
     _sync(target.parent)
 
 
+def _change_places(new: Path, old: Path) -> bool:
+    """Swap the two, after linking into the new one what stays; False where that cannot be done.
+
+    Linked are files; a directory in the old one cannot be in both.
+    """
+    stay = [path for path in old.iterdir() if not (new / path.name).exists()]
+    if new.parent == old or any(path.is_dir() and not path.is_symlink() for path in stay):
+        return False
+    linked = []
+    try:
+        for path in stay:
+            os.link(path, new / path.name, follow_symlinks=False)
+            linked.append(new / path.name)
+        new.chmod(old.stat().st_mode & 0o7777)
+        _sync(new)
+        if exchange(new, old):
+            return True
+    except (OSError, NotImplementedError):  # no links on that disk; its files are not ours to link
+        pass
+    for path in linked:
+        path.unlink()
+    return False
+
+
 def _replace_files(temporary: Path, target: Path, home: Path) -> None:
     """Move each file over the one of its name; where one fails, put the old ones back."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=home) as aside:
-        new = sorted((path.name for path in temporary.iterdir()), key=_configs_last)
+    new = sorted((path.name for path in temporary.iterdir()), key=_configs_last)
+    configs = [name for name in new if name in CONFIGS and (target / name).exists()]
+    with hidden_directory(target.name, home) as aside:
         for name in new:
             if (target / name).exists():
                 shutil.copy2(target / name, aside)
-        moved = []
+        touched = []
         try:
+            for name in configs:
+                touched.append(name)
+                (target / name).unlink()
+            _sync(target)
             for name in new:
-                moved.append(name)
+                touched.append(name)
                 os.replace(temporary / name, target / name)
         except BaseException:
-            for name in moved:
-                if (Path(aside) / name).exists():
-                    shutil.move(Path(aside) / name, target / name)
+            for name in dict.fromkeys(reversed(touched)):
+                if (aside / name).exists():
+                    shutil.move(aside / name, target / name)
                 else:
                     (target / name).unlink(missing_ok=True)
             raise
 
 
 def _configs_last(name: str) -> tuple[bool, str]:
-    return name in ("config.json", "adapter_config.json"), name
+    return name in CONFIGS, name
 
 
 def _sync(path: Path) -> None:

@@ -5,11 +5,11 @@ writes 1000000000000000019884624838656 for "no limit" into tokenizer_config.json
 """
 
 import json
-import stat
 from pathlib import Path
 from typing import Any
 
 from lorax.errors import FormatError
+from lorax.files import read_bounded
 
 MAX_BYTES = 64 * 2**20  # tokenizer.json of a large vocabulary is 20 MB; a config a few kB
 _MAX_DIGITS = 300  # of whole numbers that stay whole: float64 holds those, if not exactly
@@ -23,12 +23,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, constants: bool = False
             nested too deep, has a key twice, or holds NaN, an infinity or half a surrogate.
     """
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):  # a FIFO would block, /dev/zero would never end
-            raise FormatError(f"{path}: cannot be read (it is no regular file)")
-        if info.st_size > max_bytes:
-            raise FormatError(f"{path}: {info.st_size} bytes; expected at most {max_bytes}")
-        text = path.read_bytes().decode("utf-8")
+        text = read_bounded(path, max_bytes).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{path}: cannot be read ({error})") from None
     return parse_json(text, str(path), constants=constants)

@@ -47,6 +47,7 @@ from lorax.formats.base_copies import (
     take_base_copies,
     without_wrappers,
 )
+from lorax.formats.declared_size import check_declared_size
 from lorax.formats.huggingface import as_stored
 from lorax.formats.peft_directory import (
     CONFIG,
@@ -154,6 +155,8 @@ def _insert(
 ) -> None:
     """Put the adapter in, with its tensors; where they do not fit, leave the model as it was."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    if not adapter_layers(model):
+        check_declared_size(model, config, tensors, str(directory / TENSORS))
     if isinstance(config, PromptTuningConfig):
         insert_prompt(model, config)
     else:

@@ -27,6 +27,7 @@ from lorax.formats.safetensors_files import write_file
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MAX_CONFIG_BYTES = 4 * 2**20  # AdaLoRA's masks and trained tokens' numbers are the longest part
 CONFIGS: dict[str, type[LoRAConfig] | type[PromptTuningConfig]] = {
     kind.peft_type: kind for kind in (LoRAConfig, AdaLoRAConfig, PromptTuningConfig)
 }
@@ -92,7 +93,7 @@ def read_adapter_config(
         FormatError: no such file, or damaged. AdapterError: a key that lorax does not cover.
     """
     file = find_adapter(path) / CONFIG
-    values = read_json(file)
+    values = read_json(file, max_bytes=MAX_CONFIG_BYTES)
     kind = CONFIGS.get(str(values.get("peft_type")))
     if kind is None:
         raise AdapterError(

@@ -9,7 +9,6 @@ same, unless told otherwise.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from lorax.formats.json_files import parse_json
 from lorax.formats.model_config import DTYPES
 from lorax.formats.peft_directory import CONFIG, TENSORS
 from lorax.formats.safetensors_files import read_metadata
+from lorax.formats.toml_files import read_toml
 from lorax.quant import names
 
 RECORD = "config.toml"
-MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,10 @@ def read_record(adapter: Path) -> Record:
 
 def _from_recipe(path: Path) -> Record:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise FormatError(f"{path}: more than {MAX_BYTES} bytes; expected a run's recipe")
-        found: Any = tomllib.loads(path.read_text(encoding="utf-8")).get("model")
-    except (OSError, ValueError, RecursionError) as error:
+        found: Any = read_toml(path).get("model")
+    except FormatError as error:
         raise FormatError(
-            f"{path}: cannot be read ({error}); expected the run's recipe: mend it, or move the "
-            "adapter's directory elsewhere"
+            f"{error}; expected the run's recipe: mend it, or move the adapter's directory elsewhere"
         ) from None
     values = found if isinstance(found, dict) else {}
     quantization, dtype = values.get("quantization"), values.get("dtype", "auto")

@@ -12,7 +12,6 @@ what follows from it comes later.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorax.adapters.config import LoRAConfig
+from lorax.adapters.matching import matches_end
 from lorax.adapters.inject import adapter_config
 from lorax.parity import causes
 from lorax.parity.difference import (
@@ -331,7 +331,7 @@ def _exact(mine: Tensor, theirs: Tensor) -> Difference:
 def _overlapping(config: LoRAConfig, path: str) -> bool:
     """Whether two keys of a pattern fit this module and ask for different values."""
     for patterns in (config.rank_pattern, config.alpha_pattern):
-        fitting = {v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)}
+        fitting = {v for key, v in patterns.items() if matches_end(key, path)}
         if len(fitting) > 1:
             return True
     return False

@@ -1,6 +1,7 @@
 """What a run writes down: metrics.jsonl line by line, and its picture."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from lorax.errors import EnvironmentProblem, FormatError, one_line
 
 Line = dict[str, Any]
 log = logging.getLogger("lorax")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a person's share of it, a file
 
 
 class MetricsFile:
@@ -97,10 +99,19 @@ def draw_loss(lines: Sequence[Line], path: Path, warn: bool = True) -> None:
     """`plot_loss`, where a picture that fails is a warning in the log at most, and costs nothing.
 
     warn: False where another error is on its way to the user.
+
+    Raises:
+        EnvironmentProblem: the disk is full, and `warn`; what was trained is saved by then.
     """
     try:
         plot_loss(lines, path)
     except Exception as error:  # the disk, a font, a missing or broken matplotlib
+        if warn and isinstance(error, OSError) and error.errno in FULL:
+            path.unlink(missing_ok=True)  # half a picture
+            raise EnvironmentProblem(
+                f"{path}: could not be written ({error.strerror}); what was trained is saved: free "
+                "some room before you merge it"
+            ) from None
         if warn:
             log.warning("%s: the picture was not drawn (%s)", path, one_line(error))
 

@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import difflib
 import os
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_type_hints
@@ -30,7 +29,8 @@ from lorax.adapters.config import LoRAConfig
 from lorax.adapters.config_keys import KEPT
 from lorax.adapters.prompt_config import PromptTuningConfig
 from lorax.data.kinds import Column
-from lorax.errors import AdapterError, RecipeError, require
+from lorax.errors import AdapterError, FormatError, RecipeError, require
+from lorax.formats.toml_files import read_toml
 from lorax.quant import names
 
 
@@ -219,11 +219,9 @@ class Recipe(Section):
         """
         path = require(path)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError) as error:  # a number of 5000 digits, deep brackets
-            raise RecipeError(f"{path}: not valid TOML ({error})") from None
+            values = read_toml(path)
+        except FormatError as error:
+            raise RecipeError(str(error)) from None
         return Recipe.from_dict(values, overrides, where=str(path))
 
     @staticmethod
