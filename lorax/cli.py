@@ -17,6 +17,7 @@ from cyclopts.validators import Number
 
 from lorax.console import ConsoleLog, PlainConsole
 from lorax.errors import FormatError, LoraxError, UsageError, visible
+from lorax.plugins import load_plugin
 from lorax.quant import codebooks, names
 from lorax.version import __version__
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 app = App(
     name="lorax",
     version=__version__,
-    help="LoRA and QLoRA from scratch: small enough to read, exact enough to trust.",
+    help="LoRA and QLoRA from scratch: small enough to read, exact enough to trust. Each command "
+    "takes --plugin FILE.py: your own file, executed first, which registers variants and the like.",
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
@@ -75,7 +77,8 @@ def main() -> None:
     if not logging.getLogger("lorax").handlers:
         logging.getLogger("lorax").addHandler(ConsoleLog(err))
     try:
-        command, given, _ = app.parse_args(exit_on_error=False, print_error=False)
+        rest = take_plugins(sys.argv[1:])
+        command, given, _ = app.parse_args(rest, exit_on_error=False, print_error=False)
         named = {name: _at_home(value) for name, value in given.kwargs.items()}
         command(*map(_at_home, given.args), **named)
     except (CycloptsError, LoraxError) as error:
@@ -88,6 +91,27 @@ def main() -> None:
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
         sys.exit(0)
+
+
+given_plugins: list[Path] = []  # by --plugin, in this call; a run's config.toml names them too
+
+
+def take_plugins(arguments: list[str]) -> list[str]:
+    """Execute what --plugin names, and give the other arguments."""
+    given_plugins.clear()
+    rest, waiting = [], list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name, equals, value = argument.partition("=")
+        if name != "--plugin":
+            rest.append(argument)
+            continue
+        if not equals and not waiting:
+            raise UsageError("--plugin: expected a Python file behind it")
+        given_plugins.append(Path(value if equals else waiting.pop(0)).expanduser())
+    for plugin in given_plugins:
+        load_plugin(plugin)
+    return rest
 
 
 @app.command
@@ -112,7 +136,7 @@ def train(
     """
     from lorax.training.recipe import Recipe
 
-    checked = Recipe.load(recipe, parse_overrides(overrides))
+    checked = Recipe.load(recipe, parse_overrides(overrides), given_plugins)
     if dry_run:
         from lorax.training.plan import describe
 
@@ -747,7 +771,7 @@ def _show(found: Any) -> None:
         if isinstance(part, str):
             _say(part)
         else:
-            out.print(part, soft_wrap=isinstance(part, Text))
+            out.print(part)
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lorax.adapters.config import LoRAConfig
+from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.inject import find_targets
-from lorax.adapters.prompt import PromptTuningConfig
 from lorax.errors import AdapterError
 from lorax.quant.linear import QuantizedLinear
 
@@ -23,7 +23,7 @@ SLACK = 2**22
 
 def check_declared_size(
     model: nn.Module,
-    config: LoRAConfig | PromptTuningConfig,
+    config: AdapterConfig,
     tensors: Mapping[str, Tensor],
     where: str,
 ) -> None:
@@ -33,9 +33,11 @@ def check_declared_size(
         AdapterError: both numbers, and the layer of the highest rank.
     """
     found = sum(tensor.numel() for tensor in tensors.values())
-    if isinstance(config, PromptTuningConfig):
-        asked = config.num_virtual_tokens * (config.token_dim or 0)
-        what = f"num_virtual_tokens = {config.num_virtual_tokens}"
+    declared = config.declared()
+    if declared is not None:
+        asked, what = declared
+    elif not isinstance(config, LoRAConfig):
+        return
     else:
         targets = find_targets(model, config)
         ranks = {name: config.rank(name) for name in targets}

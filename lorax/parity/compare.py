@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.matching import matches_end
 from lorax.adapters.inject import adapter_config
+from lorax.adapters.matching import matches_end
 from lorax.parity import causes
 from lorax.parity.difference import (
     COMPUTED,
@@ -133,8 +133,8 @@ class _Comparison:
     def _of_base(
         self, path: str, one: Named, other: Named, packed: tuple[Named, Named]
     ) -> Iterator[Check]:
-        inside = self.config.starts_inside or self.config.init_lora_weights == "loftq"
-        decomposed = inside and self._adapted(path)
+        layer = self.mine.layers.get(path)
+        decomposed = layer is not None and layer.moves_base
         for part in one:
             if part not in other and self._is_trained(path, part):
                 continue  # where it stands, and compared as the adapter's
