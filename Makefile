@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 READY := .venv/ready
 
-.PHONY: setup demo test quick lint mutants bench gpu clean
+.PHONY: setup demo test nightly quick lint mutants bench gpu clean
 
 setup: $(READY)
 
@@ -14,6 +14,11 @@ demo: $(READY)
 # What CI runs.
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# What runs at night: 5,000 wounded files of each kind, 1,000 examples of each property.
+nightly: $(READY)
+	OMP_NUM_THREADS=1 LORAX_MUTATIONS=5000 HYPOTHESIS_PROFILE=nightly \
+	$(BIN)/python -m pytest -n 2 --timeout 7200
 
 # What a person runs before each commit: under a minute.
 quick: $(READY) lint

@@ -21,8 +21,8 @@ MAX_TABLES = 1000
 # Comments and strings, in whose text dots and brackets mean nothing. What has no end is taken to
 # the end of its line or of the file, where tomllib stops too.
 _TEXTS = re.compile(
-    r'''#[^\n]*|"{3}(?:[^\\]|\\.)*?(?:"{3}|\Z)|'{3}.*?(?:'{3}|\Z)'''
-    r'''|"(?:[^"\\\n]|\\.)*+(?:"|\Z)?|'[^'\n]*+'?''',
+    r"""#[^\n]*|"{3}(?:[^\\]|\\.)*?(?:"{3}|\Z)|'{3}.*?(?:'{3}|\Z)"""
+    r"""|"(?:[^"\\\n]|\\.)*+(?:"|\Z)?|'[^'\n]*+'?""",
     re.DOTALL,
 )
 _KEYS = re.compile(r"[\w \t.-]+")

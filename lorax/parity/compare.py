@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.matching import matches_end
 from lorax.adapters.inject import adapter_config
+from lorax.adapters.matching import matches_end
 from lorax.parity import causes
 from lorax.parity.difference import (
     COMPUTED,

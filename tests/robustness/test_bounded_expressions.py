@@ -66,7 +66,16 @@ def test_target_modules_against_peft(expression):
 
 
 @pytest.mark.parametrize(
-    "key", ["q_proj", "layers.1.mlp.up_proj", r"layers\.1\.", "q.proj", r".*\.1\..*", "mlp.*", "(q|o)_proj"]
+    "key",
+    [
+        "q_proj",
+        "layers.1.mlp.up_proj",
+        r"layers\.1\.",
+        "q.proj",
+        r".*\.1\..*",
+        "mlp.*",
+        "(q|o)_proj",
+    ],
 )
 def test_rank_pattern_against_peft(key):
     config = LoRAConfig(r=8, target_modules="all-linear", rank_pattern={key: 3})
@@ -75,7 +84,9 @@ def test_rank_pattern_against_peft(key):
         assert config.rank(name) == expected, name
 
 
-@pytest.mark.parametrize("expression", ["(" * 5000, "a{99999999999}", "x+" * 20_000, "[", "(?P<1>a)"])
+@pytest.mark.parametrize(
+    "expression", ["(" * 5000, "a{99999999999}", "x+" * 20_000, "[", "(?P<1>a)"]
+)
 def test_a_broken_or_endless_expression_is_refused(expression):
     with pytest.raises(AdapterError, match="regular expression") as caught:
         LoRAConfig(target_modules=expression)
@@ -104,4 +115,6 @@ def test_loftq_goes_around_a_bounded_number_of_times():
     for times in (10**9, 101, 0, -1, 1.5, True):
         with pytest.raises(AdapterError, match="loftq_iter"):
             LoRAConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": times})
-    assert json.dumps(LoRAConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 100}).loftq_config)
+    assert json.dumps(
+        LoRAConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 100}).loftq_config
+    )

@@ -20,7 +20,13 @@ HOSTILE = {
     "half \ud800": r"half \ud800",
     "\x00\x7f": r"\x00\x7f",
 }
-KEPT = ["größe", "\u540d\u524d", "\U0001f468\u200d\U0001f469", "a b", "[/x] [v2] [red]x[/red] :smile:"]
+KEPT = [
+    "größe",
+    "\u540d\u524d",
+    "\U0001f468\u200d\U0001f469",
+    "a b",
+    "[/x] [v2] [red]x[/red] :smile:",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -83,7 +89,8 @@ def test_an_error_of_the_command_line_is_one_plain_line(monkeypatch, capsys, nam
 
 
 @pytest.mark.parametrize(
-    "name", ["a: b", "x\n- evil: 1", "---\nlicense: mit", '"', "\x1b[2J", "null", "# x", "[a]", "\u2028"]
+    "name",
+    ["a: b", "x\n- evil: 1", "---\nlicense: mit", '"', "\x1b[2J", "null", "# x", "[a]", "\u2028"],
 )
 def test_a_base_name_is_one_text_in_the_cards_front_matter(name):
     assert yaml.safe_load(f"base_model: {yaml_text(name)}\n") == {"base_model": name}
