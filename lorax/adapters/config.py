@@ -275,7 +275,8 @@ class LoRAConfig(PeftKeywords):
         hard = [expression for expression in used if not is_plain(expression)]
         if len(hard) > MAX_EXPRESSIONS:
             raise AdapterError(
-                f"{len(hard)} regular expressions; expected at most {MAX_EXPRESSIONS}, or plain names"
+                f"{len(hard)} regular expressions; expected at most "
+                f"{MAX_EXPRESSIONS}, or plain names"
             )
         for expression in hard:
             check_expression(expression, used[expression])

@@ -51,6 +51,8 @@ def open_gguf(path: Path) -> GGUFFile:
     Raises:
         FormatError: the file is damaged. UnsupportedModel: another architecture.
     """
+    if path.exists() and not path.is_file():  # a FIFO would block
+        raise FormatError(f"{path}: not a readable GGUF file (it is no regular file)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lorax.errors import FormatError, UsageError
 from lorax.formats.json_files import parse_json
-from lorax.formats.safetensors_files import TensorFiles, read_file, write_file
+from lorax.formats.safetensors_files import TensorFiles, open_file, read_file, write_file
 
 KEY = "lorax_optimizer"
 
@@ -103,7 +103,7 @@ def find_optimizer_state(directory: Path) -> Path | None:
     """The optimizer's state among a directory's safetensors files; None where there is none."""
     for path in sorted(directory.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_file(path) as file:
                 if KEY in (file.metadata() or {}):
                     return path
         except (SafetensorError, OSError, ValueError, RuntimeError):
@@ -121,7 +121,7 @@ def _split(key: str, path: Path) -> tuple[int, str]:
 
 def _groups(path: Path) -> list[dict[str, Any]]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_file(path) as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise FormatError(f"{path}: not a readable safetensors file ({error})") from None

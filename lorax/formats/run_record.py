@@ -67,7 +67,8 @@ def _from_recipe(path: Path) -> Record:
         found: Any = read_toml(path).get("model")
     except FormatError as error:
         raise FormatError(
-            f"{error}; expected the run's recipe: mend it, or move the adapter's directory elsewhere"
+            f"{error}; expected the run's recipe: mend it, or move the "
+            "adapter's directory elsewhere"
         ) from None
     values = found if isinstance(found, dict) else {}
     quantization, dtype = values.get("quantization"), values.get("dtype", "auto")

@@ -54,14 +54,14 @@ class TensorFiles:
         """The tensor, as it is stored."""
         path = self.home[name]
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_file(path) as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise FormatError(f"{path}: tensor {name} cannot be read ({error})") from None
 
     def dtype(self, name: str) -> torch.dtype:
         """The tensor's dtype, without reading it."""
-        with safe_open(self.home[name], framework="pt") as file:
+        with open_file(self.home[name]) as file:
             kind = file.get_slice(name).get_dtype()
         if kind not in _DTYPES:
             raise FormatError(f"{self.home[name]}: tensor {name} has the unknown dtype {kind}")
@@ -69,8 +69,15 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
-        with safe_open(self.home[name], framework="pt") as file:
+        with open_file(self.home[name]) as file:
             return tuple(file.get_slice(name).get_shape())
+
+
+def open_file(path: Path) -> Any:
+    """safetensors' `safe_open`, for a regular file alone: a FIFO would block."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no regular file")
+    return safe_open(path, framework="pt")
 
 
 def open_checkpoint(directory: Path, name: str | None = None) -> TensorFiles:
@@ -123,7 +130,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
 def read_metadata(path: Path) -> dict[str, str]:
     """What a file says beside its tensors: text by text."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_file(path) as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise FormatError(f"{path}: not a readable safetensors file ({error})") from None
@@ -209,7 +216,7 @@ class ShardWriter:
 
 def _names(path: Path) -> list[str]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_file(path) as file:
             return list(file.keys())
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise FormatError(f"{path}: not a readable safetensors file ({error})") from None

@@ -19,8 +19,13 @@ from lorax.errors import QuantizationError
 class Decodable(Protocol):
     """What the buffers need to know of a quantized weight (tensor.py)."""
 
-    shape: torch.Size
-    dtype: torch.dtype
+    @property
+    def shape(self) -> torch.Size:
+        """The weight's shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it decodes to by itself."""
 
     @property
     def device(self) -> torch.device:

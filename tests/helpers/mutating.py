@@ -1,12 +1,53 @@
 """Damaged files: what a bad disk or a stranger makes of good ones."""
 
+import os
 import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lorax.errors import LoraxError
+
+# `make nightly` asks for 5,000 of each kind.
+MUTATIONS = int(os.environ.get("LORAX_MUTATIONS", "300"))
+MAX_SECONDS, MAX_MEGABYTES = 1.0, 512
 
 SCRAPS = [
     *(b"", b"\x00", b"\xff", b"\n", b'"', b"{}", b"[]", b"null", b"true", b"-1", b"0", b"1e400"),
     *(b"99999999999999999999", b"\\ud800", b"[[[[", b"\xff" * 8, b"\x00" * 8, b"NaN", b"1.5"),
     *(b"2147483648", b"9223372036854775807", b"\xef\xbb\xbf", b'""', b"={", b"''''", b","),
 ]
+
+
+def refused_mutations(file: Path, load: Callable[[], object], name: str) -> int:
+    """Load the file wounded in MUTATIONS ways; how many of them a LoraxError refuses.
+
+    Fails where anything else escapes, or a file takes more than a second of computing, or all of
+    them together make the process grow by more than half a gigabyte.
+    """
+    content, chance = file.read_bytes(), random.Random(name)
+    load()  # unharmed, it loads
+    before, refused = psutil.Process().memory_info().rss, 0
+    for number in range(MUTATIONS):
+        file.write_bytes(mutated(content, chance))
+        started = time.process_time()
+        try:
+            load()
+        except LoraxError:
+            refused += 1
+        except BaseException as error:
+            pytest.fail(f"mutation {number}: {error!r} escaped from {file.read_bytes()[:3000]!r}")
+        seconds = time.process_time() - started
+        grown = (psutil.Process().memory_info().rss - before) / 2**20
+        if seconds > MAX_SECONDS or grown > MAX_MEGABYTES:
+            pytest.fail(
+                f"mutation {number}: {seconds:.1f} s, {grown:.0f} MB: {file.read_bytes()[:3000]!r}"
+            )
+    file.write_bytes(content)
+    return refused
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
