@@ -24,7 +24,7 @@ quick: $(READY) lint
 # What takes too long for each change: more examples, more mutated files, 50 kills, every fault.
 nightly: $(READY) lint
 	HYPOTHESIS_PROFILE=nightly LORAX_MUTATIONS=3000 LORAX_KILLS=50 OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -n 2
+	  $(BIN)/python -m pytest -n 2 --timeout=3600
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py
 
 lint: $(READY)

@@ -1,6 +1,5 @@
 """Full fine-tuning: against transformers, what a run leaves, what it refuses; methods' fields."""
 
-
 import pytest
 import torch
 from oracles import gpt2, llama, tokens
