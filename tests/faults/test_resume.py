@@ -198,17 +198,21 @@ def test_save_steps_of_zero_saves_nothing(folder, tmp_path):
 
 @pytest.fixture
 def spoiled(monkeypatch):
-    """A loss that is not a number in the steps given (each has three micro-batches)."""
+    """A loss that is not a number in the steps given (each has three micro-batches).
+
+    Gives the list of what torch's generator was before each micro-batch.
+    """
 
     def spoil(*steps):
-        calls, real = [0], loop.summed_loss
+        generators, real = [], loop.summed_loss
 
         def loss(model, *batch):
-            calls[0] += 1
+            generators.append(torch.get_rng_state())
             value = real(model, *batch)
-            return value * float("nan") if (calls[0] - 1) // 3 + 1 in steps else value
+            return value * float("nan") if (len(generators) - 1) // 3 + 1 in steps else value
 
         monkeypatch.setattr(loop, "summed_loss", loss)
+        return generators
 
     return spoil
 
@@ -230,11 +234,20 @@ def test_skip_leaves_the_weights_bit_equal(folder, tmp_path, spoiled):
 def test_rollback_takes_the_newest_checkpoint_and_goes_on_with_the_next_rows(
     folder, tmp_path, spoiled
 ):
-    spoiled(5)
+    generators = spoiled(5)
     off = {"train.eval_steps": None, "data.eval_fraction": 0.0, "train.nan_policy": "rollback"}
     off |= {"train.save_steps": 3, "train.keep_checkpoints": None}
-    run = lorax.train(recipe(folder, tmp_path / "run", **off))
+    at_the_nan = []
+
+    class Look(Listener):
+        def measured(self, line):
+            if line["step"] == 5:
+                at_the_nan.append(torch.get_rng_state())
+
+    run = lorax.train(recipe(folder, tmp_path / "run", **off), Look())
     assert [line["step"] for line in run.metrics] == list(range(1, 7))
+    assert torch.equal(generators[3 * 5], at_the_nan[0])  # the next dropout is drawn anew
+    assert not torch.equal(generators[3 * 5], generators[3 * 3])  # as it was at the checkpoint
     assert run.metrics[4]["not_finite"] == "rollback"
     assert (run.output_dir / "checkpoints" / "step-00000000").is_dir()
 

@@ -23,6 +23,14 @@ def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """As in a terminal: a shell that starts the tests in the background has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Send(Listener):
     """Sends signals behind the line of a step."""
 

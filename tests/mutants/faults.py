@@ -184,7 +184,7 @@ MODEL_FAULTS = [
           "eps=1e-3)\n        self.attn", "a norm's epsilon is another", MODELS + " -k gpt2"),
     Fault(FORMATS, 'found.get("dtype") or found.get("torch_dtype")',
           'found.get("torch_dtype")', "transformers 5's word for the dtype is not read",
-          MODELS + " -k dtype"),
+          "tests/formats/test_config_dialects.py -k dtype"),
 ]  # fmt: skip
 
 ADAPTER_FAULTS = [
