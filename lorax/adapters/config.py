@@ -321,6 +321,17 @@ def _size(config: LoRAConfig) -> str:
     return f"of rank {config.r}, lora_alpha {config.lora_alpha:g}"
 
 
+def _refuses(recipe: Any) -> str | None:
+    """A word of loaded adapters is none to start with."""
+    how = recipe.adapter.init_lora_weights
+    if how not in (*SETTLED, *LOST):
+        return None
+    return (
+        f"adapter.init_lora_weights = {how!r}: lorax loads such an adapter, and starts none; take "
+        "true, 'gaussian', 'pissa', 'olora' or 'loftq'"
+    )
+
+
 _LINEAR, _TABLE = "lorax.adapters.lora:LoRALinear", "lorax.adapters.embedding:LoRAEmbedding"
 register_variant(
     Variant(
@@ -330,6 +341,7 @@ register_variant(
         summary=lambda config: f"LoRA {_size(config)}",
         layer=_LINEAR,
         embedding=_TABLE,
+        refuses=_refuses,
         tags=("lora",),
     )
 )

@@ -5,6 +5,7 @@ Which method that is, and what it says about itself, the table of variants knows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -62,7 +63,7 @@ def set_up(
     tokenizer: Tokenizer,
     recipe: Recipe,
     total_steps: int,
-    hooks: list[HookFactory | StepHook],
+    hooks: Sequence[HookFactory | StepHook] = (),
 ) -> StepHook:
     """Make trainable what the recipe's method trains, and make the hooks of its steps.
 
@@ -75,7 +76,7 @@ def set_up(
     else:
         add_adapter(model, config, tokenizer)
     factory = resolved(recipe.variant.hook) or _nothing
-    return with_hooks(factory(model), model, recipe.train.hooks, hooks)
+    return with_hooks(factory(model), model, recipe.train.hooks, list(hooks))
 
 
 def _nothing(model: Model) -> StepHook:

@@ -60,7 +60,7 @@ def prepare(
         revision=settings.revision,
     )
     steps = total_steps(recipe, len(train_rows))
-    hook = set_up(model, tokenizer, recipe, steps, list(hooks))
+    hook = set_up(model, tokenizer, recipe, steps, hooks)
     _check_fit(model, [*train_rows, *eval_rows])
     for row in (*train_rows, *eval_rows):
         check_vocabulary(row.ids, embedding_weight(model).shape[0], tokenizer)
