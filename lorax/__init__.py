@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorax.formats.peft import load_adapter as load_adapter
     from lorax.formats.peft import save_adapter as save_adapter
     from lorax.inference.generate import generate as generate
+    from lorax.models.families import register_model as register_model
     from lorax.parity.against_peft import verify as verify
     from lorax.quant.codebooks import register_codebook as register_codebook
     from lorax.quant.quantize import quantize as quantize
@@ -61,6 +62,7 @@ _HOME = {
     "quantize": "lorax.quant.quantize",
     "read_adapter": "lorax.formats.adapter_data",
     "register_codebook": "lorax.quant.codebooks",
+    "register_model": "lorax.models.families",
     "save_adapter": "lorax.formats.peft",
     "save_model": "lorax.formats.huggingface",
     "train": "lorax.training.loop",

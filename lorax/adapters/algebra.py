@@ -28,7 +28,7 @@ from lorax.adapters.inject import adapter_config, require_adapter
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.started import LoftQLinear
 from lorax.errors import AdapterError
-from lorax.models.gpt2 import GPT2
+from lorax.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ class Adapter:
             with torch.no_grad():
                 A, B = (factor.detach().clone() for factor in layer.factors())
             layers[name] = LowRank(A, B, layer.scaling)
-        config = dataclasses.replace(config, fan_in_fan_out=isinstance(model, GPT2))
+        turned = isinstance(model, Model) and model.has_transposed
+        config = dataclasses.replace(config, fan_in_fan_out=turned)
         return Adapter(layers, getattr(model, "name_or_path", "") or None, config)
 
     def __mul__(self, weight: float) -> Adapter:

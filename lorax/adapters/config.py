@@ -13,7 +13,6 @@ from lorax.adapters.config_keys import NOT_COVERED, PeftKeywords, check_unknown,
 from lorax.errors import AdapterError
 
 # What PEFT adapts where target_modules is not given, by model type.
-DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 
 NITER = re.compile(r"pissa_niter_(\d{1,3})")  # PiSSA by a randomized SVD
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lorax.adapters.adalora import AdaLoRAConfig, AdaLoRALinear
-from lorax.adapters.config import DEFAULT_TARGETS, LOST, SETTLED, LoRAConfig
+from lorax.adapters.config import LOST, SETTLED, LoRAConfig
 from lorax.adapters.dora import DoRAEmbedding, DoRALinear
 from lorax.adapters.embedding import LoRAEmbedding
 from lorax.adapters.fit import (
@@ -25,11 +25,10 @@ from lorax.adapters.lora import LoRALinear
 from lorax.adapters.prompt import Encodes, PromptTuningConfig, add_prompt
 from lorax.adapters.replaced import find_parameters, replace_parameters, replaced_parameters
 from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
-from lorax.adapters.tables import head_path, is_language_model, is_tied
+from lorax.adapters.tables import head_path, is_tied
 from lorax.adapters.tokens import find_rows, put_rows
 from lorax.errors import AdapterError
-from lorax.models import Model
-from lorax.models.gpt2 import GPT2
+from lorax.models.model import Model
 from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
 
@@ -223,17 +222,18 @@ def expand_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     list of 20 paths or more is condensed to the shortest names that match the same modules.
 
     Raises:
-        AdapterError: None, for a module that is none of lorax's models.
+        AdapterError: None, for a module or a family of which PEFT has no default.
     """
     targets = config.target_modules
     names = [name for name, _ in model.named_modules()]
     if targets is None:
-        if not is_language_model(model):
+        usual = model.default_targets if isinstance(model, Model) else None
+        if usual is None:
             raise AdapterError(
                 f"target_modules is not given, and what is usual for a {type(model).__name__} is "
                 "not known; give names or 'all-linear'"
             )
-        targets = DEFAULT_TARGETS["gpt2" if isinstance(model, GPT2) else "llama"]
+        targets = list(usual)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
         head = head_path(model)
         targets = [n for n, m in model.named_modules() if is_linear(m) and n != head]

@@ -79,7 +79,7 @@ class QuantizedLinear(nn.Module):
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         weight = self.quantized.dequantize(dtype or self.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = self.bias  # type: ignore[assignment]
+        linear.register_parameter("bias", self.bias)
         return linear
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
