@@ -95,7 +95,7 @@ class Gemma2Config(LlamaConfig):
         derived=scalar_of(46),
     )
 
-    query_pre_attn_scalar: float = 256
+    query_pre_attn_scalar: int = 256
     final_logit_softcapping: float | None = None
     attn_logit_softcapping: float | None = None
 
@@ -129,7 +129,7 @@ def read_gemma(values: dict[str, Any], where: str) -> dict[str, Any]:
         **read_sizes(values, where),
         **caps,
         "attention_bias": flag(values, "attention_bias", where),
-        "query_pre_attn_scalar": number(values, "query_pre_attn_scalar", where),
+        "query_pre_attn_scalar": size(values, "query_pre_attn_scalar", where),
         "sliding_window": read_window(values, where),
     }
 

@@ -89,7 +89,7 @@ def family(kind: str, **changes: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=0.15)  # as in oracles.randomize
             else:
                 parameter.add_(torch.randn_like(parameter) / 4)
     return model
