@@ -320,7 +320,7 @@ def _quantized_linear(
     linear = QuantizedLinear(weight)
     linear.dtype = dtype
     assert isinstance(module, nn.Linear)
-    linear.register_parameter("bias", module.bias)
+    linear.bias = module.bias
     return linear
 
 

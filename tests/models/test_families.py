@@ -181,7 +181,7 @@ def test_an_adapter_from_lorax_in_peft_merged_and_opened(kind, tmp_path):
     family(kind).save_pretrained(tmp_path / "base")
     model = lorax.load_model(tmp_path / "base")
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    targets = sorted({n.split(".")[-1] for n in names if n != "lm_head"}) + ["embed_tokens"]
+    targets = [*sorted({n.split(".")[-1] for n in names if n != "lm_head"}), "embed_tokens"]
     lorax.add_adapter(model, lorax.LoRAConfig(r=3, target_modules=targets))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -271,7 +271,7 @@ OLD = {
         "rope_parameters": None,
         "rope_theta": 1e4,
         "rope_scaling": {
-            "type": "su",
+            "type": "longrope",
             "short_factor": [1.0, 1.5, 2.0, 2.5],
             "long_factor": [1.0, 3.0, 5.0, 7.0],
         },
@@ -301,7 +301,12 @@ def test_the_dialect_of_transformers_4(kind, tmp_path):
         ("qwen2", {"use_sliding_window": "yes"}, FormatError, "use_sliding_window"),
         (
             "qwen2",
-            {"use_sliding_window": True, "layer_types": None, "max_window_layers": -1},
+            {
+                "use_sliding_window": True,
+                "sliding_window": 5,
+                "layer_types": None,
+                "max_window_layers": -1,
+            },
             FormatError,
             "max_window_layers",
         ),
