@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lorax.formats.peft import load_adapter as load_adapter
     from lorax.formats.peft import save_adapter as save_adapter
     from lorax.inference.generate import generate as generate
+    from lorax.models.families import register_model as register_model
     from lorax.parity.against_peft import verify as verify
     from lorax.plugins import load_plugin as load_plugin
     from lorax.quant.quantize import quantize as quantize
@@ -71,6 +72,7 @@ _HOME = {
     "register_codebook": "lorax.quant.register",
     "register_step_hook": "lorax.training.hooks",
     "register_variant": "lorax.adapters.variants",
+    "register_model": "lorax.models.families",
     "save_adapter": "lorax.formats.peft",
     "save_model": "lorax.formats.huggingface",
     "train": "lorax.training.loop",

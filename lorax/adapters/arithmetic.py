@@ -28,7 +28,7 @@ from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.inject import adapter_config, require_adapter
 from lorax.adapters.variants import variant_of
 from lorax.errors import AdapterError
-from lorax.models.gpt2 import GPT2
+from lorax.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class Adapter:
                 layers[name] = LowRank(*layer.low_rank())
             except AdapterError as error:
                 raise AdapterError(f"{name} {error}") from None
-        config = dataclasses.replace(config, fan_in_fan_out=isinstance(model, GPT2))
+        turned = isinstance(model, Model) and model.has_transposed
+        config = dataclasses.replace(config, fan_in_fan_out=turned)
         return Adapter(layers, getattr(model, "name_or_path", "") or None, config)
 
     def __mul__(self, weight: float) -> Adapter:

@@ -22,7 +22,6 @@ from lorax.adapters.variants import Variant, register_variant
 from lorax.errors import AdapterError
 
 # What PEFT adapts where target_modules is not given, by model type.
-DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 
 NITER = re.compile(r"pissa_niter_(\d{1,3})")  # PiSSA by a randomized SVD
 

@@ -22,7 +22,7 @@ from lorax.adapters.config import LoRAConfig
 from lorax.adapters.inject import adapter_config, require_adapter
 from lorax.adapters.tables import is_tied
 from lorax.errors import AdapterError
-from lorax.models.gpt2 import GPT2
+from lorax.models.model import Model
 from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
 
@@ -46,7 +46,7 @@ def start_is_lost(
     if quantized:
         format = quantized[0].quantized.format
         return f"over a base in {format}, PEFT decomposes or rounds another weight ({how})"
-    if how == "olora" and isinstance(model, GPT2):
+    if how == "olora" and isinstance(model, Model) and model.has_transposed:
         return "PEFT decomposes GPT-2's weights transposed (olora)"
     if "lm_head" in bases and is_tied(model):
         return f"PEFT takes the start of a tied head out of the embedding too ({how})"
@@ -99,7 +99,8 @@ def convert_to_lora(model: nn.Module) -> None:
         config = plain_form(config)
     else:
         config = dataclasses.replace(config, init_lora_weights=True, loftq_config={})
-        model.loaded_from = None  # type: ignore[assignment]  # the base is LoftQ's now
+        if isinstance(model, Model):
+            model.loaded_from = None  # the base is LoftQ's now
     for name, layer in layers.items():
         plain = layer.plain_layer()
         if plain is not None:  # token rows stay as they are

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorax.adapters.config import DEFAULT_TARGETS, LOST, SETTLED, LoRAConfig
+from lorax.adapters.config import LOST, SETTLED, LoRAConfig
 from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.fit import (
     LONG,
@@ -20,12 +20,11 @@ from lorax.adapters.fit import (
 )
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.modules_to_save import find_parameters, replace_parameters, replaced_parameters
-from lorax.adapters.tables import head_path, is_language_model
+from lorax.adapters.tables import head_path
 from lorax.adapters.trainable_tokens import find_rows, put_rows
 from lorax.adapters.variants import Variant, resolved, variant_of
 from lorax.errors import AdapterError
-from lorax.models import Model
-from lorax.models.gpt2 import GPT2
+from lorax.models.model import Model
 from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
 
@@ -213,17 +212,18 @@ def expand_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     list of 20 paths or more is condensed to the shortest names that match the same modules.
 
     Raises:
-        AdapterError: None, for a module that is none of lorax's models.
+        AdapterError: None, for a module or a family of which PEFT has no default.
     """
     targets = config.target_modules
     names = [name for name, _ in model.named_modules()]
     if targets is None:
-        if not is_language_model(model):
+        usual = model.default_targets if isinstance(model, Model) else None
+        if usual is None:
             raise AdapterError(
                 f"target_modules is not given, and what is usual for a {type(model).__name__} is "
                 "not known; give names or 'all-linear'"
             )
-        targets = DEFAULT_TARGETS["gpt2" if isinstance(model, GPT2) else "llama"]
+        targets = list(usual)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
         head = head_path(model)
         targets = [n for n, m in model.named_modules() if is_linear(m) and n != head]

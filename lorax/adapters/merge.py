@@ -17,7 +17,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from lorax.adapters.modules_to_save import forget, put_back, replaced_parameters
 from lorax.adapters.tables import is_language_model
 from lorax.adapters.trainable_tokens import rows_of, tie_merged
 from lorax.errors import AdapterError
+from lorax.models.model import Model
 from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
 
@@ -142,7 +142,7 @@ def unload_adapter(
     if is_language_model(model):
         _say_if_untied(model)
         _fill_up_biases(model, gained)
-        model.loaded_from = None  # type: ignore[assignment]
+        model.loaded_from = None
     return model
 
 
@@ -163,11 +163,11 @@ def check_finite(model: nn.Module) -> None:
             raise AdapterError(f"{name} is not finite; an adapter like that is not merged")
 
 
-def _say_if_untied(model: nn.Module) -> None:
+def _say_if_untied(model: Model) -> None:
     """A head that is the embedding no longer must not be written or read as if it were."""
-    config: Any = model.config
+    config = model.config
     head = getattr(model.lm_head, "weight", None)
-    embedding = model.get_parameter(model.embedding_name)  # type: ignore[arg-type]
+    embedding = model.get_parameter(model.embedding_name)
     if config.tie_word_embeddings and head is not embedding:
         model.config = dataclasses.replace(config, tie_word_embeddings=False)
 
@@ -241,10 +241,6 @@ def frobenius(x: Tensor) -> float:
     return torch.linalg.vector_norm(x, dtype=torch.float64).item()
 
 
-# A Llama's config has one word for the biases of all its attention, and one for all of the MLP's.
-_BIAS_WORDS = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
-
-
 def gained_biases(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str]:
     """The layers that merging gives a bias.
 
@@ -256,8 +252,9 @@ def gained_biases(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str
         for name, layer in layers.items()
         if layer.effective_bias() is not None and layer.base_layer.bias is None
     ]
-    for name in gained if is_language_model(model) else []:
-        if name.split(".")[-2:-1] not in ([word] for word in _BIAS_WORDS):
+    words = model.config.bias_words if is_language_model(model) else None
+    for name in gained if words is not None else []:
+        if name.split(".")[-2:-1] not in ([part] for part in words or ()):
             raise AdapterError(
                 f"{name} has no bias, and the model's config no word for one: lora_bias cannot be "
                 "merged into it; keep the adapter, or train it without lora_bias there"
@@ -265,11 +262,11 @@ def gained_biases(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str
     return gained
 
 
-def _fill_up_biases(model: nn.Module, gained: list[str]) -> None:
+def _fill_up_biases(model: Model, gained: list[str]) -> None:
     """Say in the config that there are biases, and give the other layers that it means zeros."""
     for part in {name.split(".")[-2] for name in gained}:
-        word = {_BIAS_WORDS[part]: True}
-        model.config = dataclasses.replace(model.config, **word)  # type: ignore
+        word = {model.config.bias_words[part]: True}
+        model.config = dataclasses.replace(model.config, **word)
         for name, module in model.named_modules():
             if name.split(".")[-2:-1] == [part] and getattr(module, "bias", 0) is None:
                 dtype = next(model.parameters()).dtype

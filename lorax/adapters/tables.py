@@ -6,16 +6,18 @@ nn.Module (an MLP, a vision tower) says nothing, and then has neither.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
+
+from lorax.models.model import Model
 
 HEAD = "lm_head"
 
 
-def is_language_model(model: nn.Module) -> bool:
+def is_language_model(model: nn.Module) -> TypeGuard[Model]:
     """Whether this is one of lorax's models, with a config, an embedding and a head."""
-    return hasattr(model, "embedding_name") and hasattr(model, "config")
+    return isinstance(model, Model)
 
 
 def embedding_path(model: nn.Module) -> str | None:

@@ -1,9 +1,10 @@
 """llama.cpp's GGUF: a model and its tokenizer in one file, read through the gguf package.
 
-Names and two layouts differ from Hugging Face's. The rows of q and k are permuted, because ggml
-rotates neighbouring pairs (2i, 2i + 1) where transformers rotates (i, i + D / 2). And Llama 3's
-stretching of the rotations is stored as the finished factors, not as the four numbers behind them.
-Quantized tensors (Q4_1, Q8_0, K-quants ...) are decoded to float32 by the package.
+Names and some layouts differ from Hugging Face's; each family's config says how (`GGUFLayout`). A
+Llama's rows of q and k are permuted, because ggml rotates neighbouring pairs (2i, 2i + 1) there,
+where transformers rotates (i, i + D / 2). Gemma's norms have 1 added. And Llama 3's stretching of
+the rotations is stored as the finished factors, not as the four numbers behind them. Quantized
+tensors (Q4_1, Q8_0, K-quants ...) are decoded to float32 by the package.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from lorax.data.tokenizer import Tokenizer
 from lorax.errors import FormatError, UnsupportedModel
 from lorax.formats.gguf_tokenizer import build_tokenizer
 from lorax.formats.model_config import read_config
-from lorax.models.llama import LlamaConfig
+from lorax.models.families import FAMILIES, Family
+from lorax.models.llama_config import LlamaConfig
+from lorax.models.model import GGUFLayout
 from lorax.models.rope import Llama3Scaling, inverse_frequencies
 
 _LAYER_NAMES = {
@@ -40,13 +43,29 @@ _NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+# Metadata below the architecture's name -> config.json's keys.
+_KEYS = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_OPTIONAL_KEYS = {
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+}
+_NOT_COVERED = ("expert_count", "rope.scaling.type")
 _ROPE_FACTORS = "rope_freqs.weight"
+_LONG_FACTORS = "rope_factors_long.weight"
 # The two settings of Llama 3.1 and 3.2, of which a GGUF keeps the outcome only.
 _LLAMA3 = (Llama3Scaling(8.0, 1.0, 4.0, 8192), Llama3Scaling(32.0, 1.0, 4.0, 8192))
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Open a .gguf file of a Llama.
+    """Open a .gguf file.
 
     Raises:
         FormatError: the file is damaged. UnsupportedModel: another architecture.
@@ -71,7 +90,10 @@ class GGUFFile:
     def __init__(self, path: Path, fields: dict[str, Any], tensors: dict[str, Any]):
         self.path = path
         self._fields = fields
-        self._tensors = {_hf_name(name): t for name, t in tensors.items() if name != _ROPE_FACTORS}
+        self._family, self._layout = self._find_family()
+        self._tensors = {
+            _hf_name(name, self._layout): t for name, t in tensors.items() if name != _ROPE_FACTORS
+        }
         self.config = self._read_config(tensors.get(_ROPE_FACTORS))
 
     @property
@@ -101,6 +123,10 @@ class GGUFFile:
             kind = stored.tensor_type.name
             raise FormatError(f"{self.path}: {name} ({kind}) cannot be decoded ({error})") from None
         tensor = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped
+        if name.endswith("norm.weight"):
+            return tensor - self._layout.norm_offset if self._layout.norm_offset else tensor
+        if not self._layout.permutes:
+            return tensor
         if name.endswith(("q_proj.weight", "k_proj.weight")) and (
             tensor.dim() != 2 or len(tensor) != self._rows(name)
         ):
@@ -127,41 +153,49 @@ class GGUFFile:
             raise FormatError(f"{self.path}: {key} is missing")
         return value
 
-    def _read_config(self, rope_factors: Any) -> LlamaConfig:
+    def _find_family(self) -> tuple[Family, GGUFLayout]:
+        """The family whose config names the file's architecture."""
         architecture = self._field("general.architecture")
-        if architecture != "llama":
-            raise UnsupportedModel(
-                f"{self.path}: architecture {architecture!r}; only llama is read"
-            )
-        for refused in ("llama.expert_count", "llama.rope.scaling.type"):
-            if self._fields.get(refused) not in (None, 0, "none"):
-                raise UnsupportedModel(f"{self.path}: {refused} is not covered")
+        layouts = {f.model_type: f.config_class.gguf for f in FAMILIES.values()}
+        for model_type, layout in layouts.items():
+            if layout is not None and layout.architecture == architecture:
+                return FAMILIES[model_type], layout
+        read = ", ".join(layout.architecture for layout in layouts.values() if layout is not None)
+        raise UnsupportedModel(f"{self.path}: architecture {architecture!r}; {read} are read")
+
+    def _read_config(self, rope_factors: Any) -> LlamaConfig:
+        architecture = self._layout.architecture
+        for key in _NOT_COVERED:
+            if self._fields.get(f"{architecture}.{key}") not in (None, 0, "none"):
+                raise UnsupportedModel(f"{self.path}: {architecture}.{key} is not covered")
         embedding = self._tensors.get("model.embed_tokens.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise FormatError(f"{self.path}: token_embd.weight must be a matrix")
-        epsilon = self._field("llama.attention.layer_norm_rms_epsilon")
-        if isinstance(epsilon, float):
-            # Written as float32; the shortest decimal that means the same is what was meant.
-            epsilon = float(str(np.float32(epsilon)))
-        values = {
-            "model_type": "llama",
+        values = {key: self._number(f"{architecture}.{name}") for name, key in _KEYS.items()}
+        for name, key in (_OPTIONAL_KEYS | dict(self._layout.keys)).items():
+            if f"{architecture}.{name}" in self._fields:
+                values[key] = self._number(f"{architecture}.{name}")
+        values |= {
+            "model_type": self._family.model_type,
             "vocab_size": int(embedding.shape[1]),
-            "hidden_size": self._field("llama.embedding_length"),
-            "intermediate_size": self._field("llama.feed_forward_length"),
-            "num_hidden_layers": self._field("llama.block_count"),
-            "num_attention_heads": self._field("llama.attention.head_count"),
-            "num_key_value_heads": self._fields.get("llama.attention.head_count_kv"),
-            "head_dim": self._fields.get("llama.attention.key_length"),
-            "rms_norm_eps": epsilon,
-            "rope_theta": self._fields.get("llama.rope.freq_base", 10000.0),
-            "max_position_embeddings": self._field("llama.context_length"),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
         }
-        config = read_config(values, str(self.path))
+        config = read_config(values | self._layout.derived(values), str(self.path))
         assert isinstance(config, LlamaConfig)
+        turns = self._fields.get(f"{architecture}.rope.dimension_count", config.head_dim)
+        if turns != config.head_dim or _LONG_FACTORS in self._tensors:
+            raise UnsupportedModel(
+                f"{self.path}: rotations of {turns} of {config.head_dim} values of a head, or "
+                f"longrope ({_LONG_FACTORS}), are not covered; load the Hugging Face directory"
+            )
         if rope_factors is None:
             return config
         return _with_scaling(config, torch.tensor(rope_factors.data), str(self.path))
+
+    def _number(self, key: str) -> Any:
+        """A field; of a float32 the shortest decimal that means the same, which was meant."""
+        value = self._field(key)
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _with_scaling(config: LlamaConfig, factors: Tensor, where: str) -> LlamaConfig:
@@ -174,12 +208,13 @@ def _with_scaling(config: LlamaConfig, factors: Tensor, where: str) -> LlamaConf
     raise UnsupportedModel(f"{where}: {_ROPE_FACTORS} is neither Llama 3.1's nor Llama 3.2's")
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, layout: GGUFLayout) -> str:
     if name in _NAMES:
         return _NAMES[name]
     parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    below = (_LAYER_NAMES | dict(layout.names)).get(parts[2]) if len(parts) == 4 else None
+    if below is not None and parts[0] == "blk":
+        return f"model.layers.{parts[1]}.{below}.{parts[3]}"
     return name
 
 

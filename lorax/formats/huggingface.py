@@ -39,7 +39,6 @@ from lorax.formats.safetensors_files import (
 )
 from lorax.formats.written_config import is_tied, write_config
 from lorax.models import Model
-from lorax.models.gpt2 import GPT2
 from lorax.models.origin import Origin
 from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
@@ -48,8 +47,6 @@ from lorax.quant.tensor import QuantizedTensor
 
 # Buffers that old checkpoints carry beside the weights.
 _NO_WEIGHTS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-# GPT-2's Conv1D keeps these as (in, out).
-_CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
 class TensorSource(Protocol):
@@ -74,7 +71,7 @@ def load_model(
     *,
     revision: str | None = None,
 ) -> Model:
-    """Load a Llama or GPT-2, frozen and in eval mode; quantized, if its files are.
+    """Load a model, frozen and in eval mode; quantized, if its files are.
 
     Args:
         path: a model directory in Hugging Face's layout, a `.gguf` file, or a Hub id.
@@ -200,9 +197,9 @@ def save_model(
     tensors = model.state_dict()
     if is_tied(model):
         del tensors["lm_head.weight"]
-    if isinstance(model, GPT2):
-        turned = {f"{name}.weight" for name in plain}
-        tensors = {n: as_stored(n, t) if n in turned else t for n, t in tensors.items()}
+    for name in plain:
+        if f"{name}.weight" in tensors:
+            tensors[f"{name}.weight"] = model.as_stored(f"{name}.weight", tensors[f"{name}.weight"])
     config = write_config(model)
     if formats:
         dtype = model.get_parameter(model.embedding_name).dtype
@@ -216,11 +213,6 @@ def save_model(
             copy_papers(model.origin.directory, directory)
             ends = None if tokenizer is None else tokenizer.end_token_ids
             copy_generation(model.origin.directory, directory, ends)
-
-
-def as_stored(name: str, weight: Tensor) -> Tensor:
-    """A plain weight as transformers' GPT-2 keeps it: its Conv1D is (in, out)."""
-    return weight.t() if _CONV1D.search(name) else weight
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -252,7 +244,7 @@ def as_device(device: str | torch.device) -> torch.device:
 def _match_names(model: Model, found: list[str], where: Path) -> dict[str, str]:
     """The model's tensor names -> the file's; every name on either side must have a partner."""
     expected = set(model.state_dict())
-    prefix = "transformer." if isinstance(model, GPT2) else "model."
+    prefix = f"{model.body_name}."
     names: dict[str, str] = {}
     for name in found:
         if _NO_WEIGHTS.search(name):
@@ -327,7 +319,8 @@ def _quantized_linear(
     """The Linear with this weight, and with the bias that `module` has or is going to get."""
     linear = QuantizedLinear(weight)
     linear.dtype = dtype
-    linear.bias = module.bias  # type: ignore[assignment]
+    assert isinstance(module, nn.Linear)
+    linear.bias = module.bias
     return linear
 
 
@@ -337,8 +330,7 @@ def quantizable(name: str, module: nn.Module) -> bool:
 
 
 def _shaped(tensor: Tensor, name: str, shape: torch.Size, model: Model) -> Tensor:
-    if isinstance(model, GPT2) and _CONV1D.search(name) and tensor.dim() == 2:
-        tensor = tensor.t()
+    tensor = model.as_stored(name, tensor)
     if tensor.shape != shape or tensor.dtype not in FLOATS:
         raise FormatError(
             f"{name}: found {tuple(tensor.shape)} {tensor.dtype}; expected {tuple(shape)}, floating"

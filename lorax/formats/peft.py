@@ -49,7 +49,6 @@ from lorax.formats.base_copies import (
     without_wrappers,
 )
 from lorax.formats.declared_size import check_declared_size
-from lorax.formats.huggingface import as_stored
 from lorax.formats.peft_directory import (
     CONFIG,
     PREFIX,
@@ -60,7 +59,7 @@ from lorax.formats.peft_directory import (
 )
 from lorax.formats.safetensors_files import read_file, read_metadata
 from lorax.formats.vocabulary import match_vocabulary
-from lorax.models.gpt2 import GPT2
+from lorax.models.model import Model
 
 log = logging.getLogger("lorax")
 
@@ -226,8 +225,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     for replacement in replaced_parameters(model):
         for place in replacement.places:
             whole = replacement.trained.detach()
-            if isinstance(model, GPT2):
-                whole = as_stored(place, whole)
+            if isinstance(model, Model):
+                whole = model.as_stored(place, whole)
             name = PREFIX + file_name(model, place)
             tensors[name] = whole.clone() if place in replacement.places[1:] else whole
     return tensors
@@ -312,4 +311,4 @@ def _fan_in_fan_out(model: nn.Module, config: LoRAConfig) -> bool:
     ]
     if not linears:
         return config.fan_in_fan_out
-    return isinstance(model, GPT2) and linears[-1] != "lm_head"
+    return isinstance(model, Model) and model.has_transposed and linears[-1] != "lm_head"

@@ -28,7 +28,6 @@ from lorax.formats.directory import check_free, written_directory
 from lorax.formats.huggingface import (
     ModelFiles,
     as_dtype,
-    as_stored,
     open_model_files,
     quantizable,
 )
@@ -39,7 +38,6 @@ from lorax.formats.safetensors_files import (
     by_module,
 )
 from lorax.formats.written_config import write_config
-from lorax.models.gpt2 import GPT2
 from lorax.quant.quantize import check_request, quantize
 from lorax.quant.tensor import QuantizedTensor
 
@@ -197,8 +195,7 @@ def _converted(
         return {f"{path}.{name}": part for name, part in weight.to_bitsandbytes().items()}
     if parameter == "weight" and isinstance(module, nn.Linear):
         counts.plain.append(path)
-    if isinstance(files.model, GPT2):
-        tensor = as_stored(mine, tensor)
+    tensor = files.model.as_stored(mine, tensor)
     return {mine: tensor.clone()}  # its own memory: what was read may be a part of something larger
 
 

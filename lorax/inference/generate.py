@@ -95,15 +95,20 @@ def _stream(
     was_training = model.training
     model.eval()
     cache = model.new_cache(1, len(ids) + count)
+    seen = list(ids)
     given = torch.tensor([ids], device=device)  # (1, T), then (1, 1)
     try:
         for _ in range(count):
+            if cache.length == model.cache_border:  # as transformers: all of it once more
+                cache = model.new_cache(1, len(ids) + count)
+                given = torch.tensor([seen], device=device)
             with torch.inference_mode():
                 hidden = model.hidden_states(given, cache)[:, -1]
-                token = _choose(model.lm_head(hidden)[0].float(), temperature, top_p, generator)
+                token = _choose(model.logits(hidden)[0].float(), temperature, top_p, generator)
             if token in tokenizer.end_token_ids:
                 return
             yield token
+            seen.append(token)
             given = torch.tensor([[token]], device=device)
     finally:
         model.train(was_training)

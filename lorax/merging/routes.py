@@ -27,6 +27,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +199,7 @@ def _over(layer: AdapterLayer, weight: Tensor) -> Iterator[None]:
     assert isinstance(base, QuantizedLinear)
     other = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     other.weight = nn.Parameter(weight.to(layer.device), requires_grad=False)
-    other.bias = base.bias  # type: ignore[assignment]
+    other.register_parameter("bias", base.bias)
     layer.base_layer = other
     try:
         yield
@@ -315,8 +316,7 @@ def on_route(
     kept: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for name, module in replaced.items():
-            # The loop's variables are bound now, not when the layer computes.
-            lazy = _OnTheWay(lambda name=name, module=module: made(name, module))  # type: ignore
+            lazy = _OnTheWay(partial(made, name, module))
             if isinstance(module, AdapterLayer):
                 module.merged = lazy
             else:

@@ -7,13 +7,11 @@ The letters behind shapes, here and everywhere in lorax:
     S  tokens attended  K  key / value heads              V  vocabulary
     L  layers           D  width of a head                W  weight (out, in)
 
-A model offers `hidden_states(input_ids, cache)` -> (B, T, C), the final norm included; `lm_head`,
-the Linear behind it; `model(input_ids)` -> (B, T, V), the two together; `new_cache`;
-`max_positions`; and the switch `gradient_checkpointing`. It knows neither adapters nor
-quantization: those replace its Linears, or the `prefix` in front of its first tokens.
+A model offers `hidden_states(input_ids, cache)` -> (B, T, C), the final norm included; `logits`,
+the head behind it; `model(input_ids)` -> (B, T, V), the two together; `new_cache`; `max_positions`;
+and the switch `gradient_checkpointing` (lorax/models/model.py). It knows neither adapters nor
+quantization: those replace its Linears, or the `prefix` in front of its first tokens. Which
+families there are is in lorax/models/families.py.
 """
 
-from lorax.models.gpt2 import GPT2
-from lorax.models.llama import Llama
-
-Model = Llama | GPT2
+from lorax.models.model import Model as Model

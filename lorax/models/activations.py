@@ -6,10 +6,13 @@ names stand for GELU's tanh form: they differ in the order of operations only.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lorax.errors import UnsupportedModel
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -41,3 +44,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+
+
+def read_activation(values: dict[str, Any], key: str, where: str) -> str:
+    """The name of an activation that there is.
+
+    Raises:
+        UnsupportedModel: another one.
+    """
+    name = values[key]
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise UnsupportedModel(
+            f"{where}: {key} {name!r} is not covered; lorax has {', '.join(ACTIVATIONS)}"
+        )
+    return name

@@ -45,6 +45,7 @@ def causal_attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """softmax(Q K^T * scale) V, each query seeing the keys up to its own place.
 
@@ -53,6 +54,7 @@ def causal_attention(
 
     window: how many places a query sees, its own included; None is all.
     scale: None is 1 / sqrt(D).
+    cap: c of c * tanh(scores / c), in front of the softmax; None leaves the scores.
     """
     T = query.shape[2]
     if window is not None and key.shape[2] > window + T - 1:  # what no query here sees
@@ -60,10 +62,12 @@ def causal_attention(
     S = key.shape[2]
     windowed = window is not None and window < S
     mask = None
-    if T > 1 and (T != S or windowed):
+    if T > 1 and (T != S or windowed or cap is not None):
         mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
         if window is not None:
             mask = mask.triu(S - T - window + 1)
+    if cap is not None:
+        return _capped_attention(query, key, value, mask, scale or query.shape[3] ** -0.5, cap)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -73,6 +77,26 @@ def causal_attention(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float
+) -> Tensor:
+    """The same written out, for torch's operator has no place between scores and softmax.
+
+    mask (T, S): where a query sees; None is everywhere. The scores (B, H, T, S) are kept.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))  # (B, H, S, D)
+    scores = soft_cap(query @ key.transpose(2, 3) * scale, cap)  # (B, H, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(x / cap): nearly x while it is small, never beyond +-cap; None leaves x."""
+    return x if cap is None else torch.tanh(x / cap) * cap
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

@@ -11,22 +11,48 @@ holds them the other way round, and `lorax.formats` transposes on the way in and
 GPT-2's pre-training is left out; an adapter has its own.
 """
 
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lorax.models.activations import ACTIVATIONS
+from lorax.errors import FormatError, UnsupportedModel
+from lorax.models.activations import ACTIVATIONS, read_activation
 from lorax.models.attention import KVCache, causal_attention, merge_heads, split_heads
-from lorax.models.origin import Origin
-from lorax.models.prefix import Prefix
+from lorax.models.config_values import flag, number, size
+from lorax.models.model import Body, Model, ModelConfig, Sizes
 
 
-@dataclass(frozen=True)
-class GPT2Config:
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config(ModelConfig):
     """The sizes and options of a GPT-2, under Hugging Face's names."""
+
+    model_type: ClassVar[str] = "gpt2"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    }
+    aliases: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -40,66 +66,65 @@ class GPT2Config:
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
 
+    @classmethod
+    def read(cls, values: dict[str, Any], where: str) -> Self:
+        width = size(values, "n_embd", where)
+        heads = size(values, "n_head", where)
+        if width % heads:
+            raise FormatError(f"{where}: n_embd {width} is no multiple of n_head {heads}")
+        if flag(values, "add_cross_attention", where):
+            raise UnsupportedModel(f"{where}: add_cross_attention is not covered")
+        by_layer = "scale_attn_by_inverse_layer_idx"
+        return cls(
+            vocab_size=size(values, "vocab_size", where),
+            n_positions=size(values, "n_positions", where),
+            n_embd=width,
+            n_layer=size(values, "n_layer", where),
+            n_head=heads,
+            n_inner=size(values, "n_inner", where, null=4 * width),
+            layer_norm_epsilon=number(values, "layer_norm_epsilon", where),
+            tie_word_embeddings=flag(values, "tie_word_embeddings", where),
+            activation_function=read_activation(values, "activation_function", where),
+            scale_attn_weights=flag(values, "scale_attn_weights", where),
+            scale_attn_by_inverse_layer_idx=flag(values, by_layer, where),
+        )
 
-class GPT2(nn.Module):
+    @property
+    def sizes(self) -> Sizes:
+        """Layers, heads and widths."""
+        heads = self.n_head
+        return Sizes(self.n_embd, self.n_layer, heads, heads, self.n_embd // heads)
+
+    @property
+    def positions(self) -> int:
+        """How many tokens the positions cover."""
+        return self.n_positions
+
+
+class GPT2(Model):
     """A GPT-2 with its head: input_ids (B, T) int64 -> logits (B, T, V)."""
 
+    config: GPT2Config
+    body_name = "transformer"
     embedding_name = "transformer.wte.weight"
+    norm_name = "ln_f"
+    default_targets = ("c_attn",)
+    transposed = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # transformers' Conv1D
 
     def __init__(self, config: GPT2Config):
-        super().__init__()
-        self.config = config
-        self.name_or_path = ""  # where it was loaded from, for the files that point back to it
-        self.loaded_from: Path | None = None  # its files; None once its weights are not theirs
-        self.origin: Origin | None = None  # its files still, for what they say beside the weights
+        super().__init__(config)
         self.transformer = GPT2Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
 
-    @property
-    def max_positions(self) -> int:
-        """How many tokens the positions cover."""
-        return self.config.n_positions - self.transformer.prefix.length
 
-    def tie_weights(self) -> None:
-        """Let the head be the embedding where the config says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Recompute each block in the backward pass instead of keeping its insides."""
-        return self.transformer.gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, on: bool) -> None:
-        self.transformer.gradient_checkpointing = on
-
-    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head reads: (B, T) -> (B, T, C)."""
-        return self.transformer(input_ids, cache)
-
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) -> (B, T, V); with a cache the T tokens follow those that it holds."""
-        return self.lm_head(self.hidden_states(input_ids, cache))
-
-    def new_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty cache for `batch` rows of up to `max_length` tokens."""
-        c, norm = self.config, self.transformer.ln_f.weight
-        places = self.transformer.prefix.length + max_length
-        sizes = (c.n_layer, batch, c.n_head, places, c.n_embd // c.n_head)
-        return KVCache(*sizes, norm.dtype, norm.device)
-
-
-class GPT2Transformer(nn.Module):
+class GPT2Transformer(Body):
     """Embeddings, blocks and final norm."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.prefix = Prefix()
         self.h = nn.ModuleList(GPT2Block(config, index) for index in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
@@ -112,10 +137,7 @@ class GPT2Transformer(nn.Module):
         positions = torch.arange(start, start + x.shape[1], device=input_ids.device)
         x = x + self.wpe(positions)
         for block in self.h:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cache, use_reentrant=False)
-            else:
-                x = block(x, cache)
+            x = self.run(block, x, cache)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.ln_f(x[:, -T:])

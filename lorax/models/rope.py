@@ -3,8 +3,9 @@
 Pair i of a head of width D turns by theta^(-2i / D) radians a position. What was trained on short
 contexts reads longer ones when the turns are slowed down. config.json calls the ways of doing that
 `rope_type`; here are transformers' "linear" (all turns by one factor), "dynamic" (theta grows with
-the sequence), "yarn" (arXiv:2309.00071) and "llama3". The last two leave the quick turns alone,
-which tell neighbours apart.
+the sequence), "yarn" (arXiv:2309.00071), "llama3", and Phi-3's "longrope" (arXiv:2402.13753), which
+has a factor for each pair. "yarn" and "llama3" leave the quick turns alone, which tell neighbours
+apart. Where a model turns a part of each head only, the first values are that part.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lorax.models.llama import LlamaConfig
+    from lorax.models.llama_config import LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,32 @@ class YarnScaling:
     truncate: bool = True
 
 
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """A factor for each pair, one list for sequences within the trained context, one beyond it.
+
+    Queries and keys are both multiplied by attention_factor.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    attention_factor: float
+    original_max_position_embeddings: int
+
+
 def inverse_frequencies(config: LlamaConfig, device: torch.device, length: int = 0) -> Tensor:
     """How far each pair of a head turns with one position: (D / 2,) float32, in radians.
 
-    length: of the sequence, in tokens; "dynamic" alone asks for it.
+    D is the width of the part that turns. length: of the sequence, in tokens; "dynamic" and
+    "longrope" ask for it.
     """
-    D = config.head_dim
+    D = config.rotary_dim
     exponents = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D
     theta = config.rope_theta
     if config.dynamic_scaling is not None:
         theta = _grown_theta(theta, D, config.dynamic_scaling, length)
+    if config.longrope_scaling is not None:
+        return 1.0 / (_long_factors(config.longrope_scaling, length, device) * theta**exponents)
     plain = 1.0 / theta**exponents / config.rope_factor
     if config.llama3_scaling is not None:
         return _llama3(plain, config.llama3_scaling)
@@ -80,6 +97,12 @@ def _grown_theta(theta: float, head_dim: int, scaling: DynamicScaling, length: i
     trained = scaling.original_max_position_embeddings
     growth = scaling.factor * max(length, trained) / trained - (scaling.factor - 1)
     return theta * growth ** (head_dim / (head_dim - 2))
+
+
+def _long_factors(scaling: LongRopeScaling, length: int, device: torch.device) -> Tensor:
+    is_long = length > scaling.original_max_position_embeddings
+    factors = scaling.long_factor if is_long else scaling.short_factor
+    return torch.tensor(factors, dtype=torch.float32, device=device)
 
 
 def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
@@ -115,11 +138,18 @@ def rotations(config: LlamaConfig, start: int, length: int, like: Tensor) -> tup
     positions = torch.arange(start, end, dtype=torch.float32, device=like.device)
     angles = torch.outer(positions, inverse_frequencies(config, like.device, end))
     angles = torch.cat([angles, angles], dim=1)
-    size = config.yarn_scaling.attention_factor if config.yarn_scaling is not None else 1.0
+    scaling = config.yarn_scaling or config.longrope_scaling
+    size = scaling.attention_factor if scaling is not None else 1.0
     return (angles.cos() * size).to(like.dtype), (angles.sin() * size).to(like.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D / 2) of x (B, heads, T, D) by its position's angle."""
+    """Turn each pair (i, i + D / 2) of x (B, heads, T, D) by its position's angle.
+
+    Where cos and sin (T, P) are narrower than a head, its first P values turn, the rest stays.
+    """
+    P = cos.shape[-1]
+    if x.shape[-1] > P:
+        return torch.cat([rotate(x[..., :P], cos, sin), x[..., P:]], dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -23,11 +23,9 @@ from lorax.adapters.inject import adapter_layers
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import merged_layer
 from lorax.adapters.modules_to_save import replaced_parameters
-from lorax.formats.huggingface import as_stored
 from lorax.formats.peft import adapter_tensors
 from lorax.formats.peft_directory import PREFIX
 from lorax.models import Model
-from lorax.models.gpt2 import GPT2
 from lorax.quant.four_bit import FourBitTensor
 from lorax.quant.linear import QuantizedLinear
 from lorax.training.loss import summed_loss
@@ -243,8 +241,7 @@ class LoraxSide(Side):
         for place, replacement in self.replaced.items():
             whole = replacement.trained.grad
             if whole is not None:
-                is_gpt2 = isinstance(self.model, GPT2)
-                found[place] = as_stored(place, whole) if is_gpt2 else whole
+                found[place] = self.model.as_stored(place, whole)
         return found
 
     def logits_and_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:

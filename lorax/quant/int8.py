@@ -71,7 +71,7 @@ class Int8Tensor(QuantizedTensor):
     SCB: Tensor
     dtype: torch.dtype
 
-    @property
+    @property  # the base declares a field, which the other formats store; the codes say it here
     def shape(self) -> torch.Size:  # type: ignore[override]
         """(out, in)."""
         return self.codes.shape

@@ -46,7 +46,9 @@ class QuantizedLinear(nn.Module):
         self.quantized = weight
         self.dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias: nn.Parameter | None = (
+            None if bias is None else nn.Parameter(bias, requires_grad=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lorax.backend import uses_triton
 from lorax.models import Model
+from lorax.models.attention import soft_cap
 
 CHUNK_LOGITS = 2**23  # 32 MiB in float32
 
@@ -30,41 +31,48 @@ def summed_loss(model: Model, input_ids: Tensor, labels: Tensor) -> Tensor:
     hidden = model.hidden_states(input_ids)[:, :-1]  # (B, T - 1, C)
     targets = labels[:, 1:]
     counted = targets != -100
-    return head_loss(hidden[counted], model.lm_head, targets[counted])
+    return head_loss(hidden[counted], model.lm_head, targets[counted], model.logit_cap)
 
 
-def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """Sum of the cross entropies of head(hidden), hidden (N, C), with targets (N,): () float32."""
+def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, cap: float | None = None) -> Tensor:
+    """Sum of cross entropies of hidden (N, C) behind `head`, against targets (N,).
+
+    cap: c of c * tanh(logits / c), where the model has one behind its head.
+    """
     if isinstance(head, nn.Linear) and not head.weight.requires_grad and head.bias is None:
-        if uses_triton(hidden):
+        if uses_triton(hidden) and cap is None:
             from lorax.training.fused_loss import cross_entropy_frozen_head
 
             return cross_entropy_frozen_head(hidden, head.weight, targets)
-        return _FrozenHeadLoss.apply(hidden, head.weight, targets)
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+        return _FrozenHeadLoss.apply(hidden, head.weight, targets, cap)
+    return F.cross_entropy(soft_cap(head(hidden), cap).float(), targets, reduction="sum")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None
+    ) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wants_gradient else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight).float()  # (rows, V)
+            logits = soft_cap(F.linear(hidden[part], weight), cap).float()  # (rows, V)
+            slope = None if cap is None or gradient is None else 1 - (logits / cap).square()
             log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
             places = targets[part, None]
             loss += (log_sum - logits.gather(1, places)).sum()
             if gradient is not None:
                 p = logits.sub_(log_sum).exp_()
                 p.scatter_add_(1, places, torch.full_like(log_sum, -1.0))
+                p = p if slope is None else p.mul_(slope)  # through c * tanh(x / c)
                 gradient[part] = p.to(hidden.dtype) @ weight
         ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None, None  # a 0-d factor keeps the gradient's dtype
+        return gradient * gradients[0], None, None, None  # a 0-d factor keeps the gradient's dtype

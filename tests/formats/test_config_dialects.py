@@ -15,11 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
 )
 from transformers.activations import ACT2FN
 
@@ -195,9 +200,16 @@ def test_every_activation_of_transformers_is_there_or_has_weights():
     assert set(ACT2FN) - set(ACTIVATIONS) == {"prelu", "xielu"}
 
 
-@pytest.mark.parametrize("config", [LlamaConfig(), MistralConfig(), GPT2Config()])
-def test_a_missing_key_means_transformers_default(config):
+CONFIGS = [
+    *(LlamaConfig, MistralConfig, GPT2Config, Qwen2Config, Qwen3Config),
+    *(Gemma2Config, Gemma3TextConfig, Phi3Config),
+]
+
+
+@pytest.mark.parametrize("make", CONFIGS)
+def test_a_missing_key_means_transformers_default(make):
     """All keys missing, and each alone where the others are unlike the defaults."""
+    config = make()
     kind = config.model_type
     full = json.loads(json.dumps(config.to_dict()))
     expected = read_config(full, "x")
@@ -364,7 +376,7 @@ def test_a_head_in_the_file_of_a_tied_model_against_transformers(family, head, t
 @pytest.mark.parametrize(
     ("family", "changes", "word"),
     [
-        ("llama", {"model_type": "qwen2"}, "qwen2"),
+        ("llama", {"model_type": "qwen2_moe"}, "qwen2_moe"),
         ("llama", {"model_type": GONE}, "model_type None"),
         ("llama", {"model_type": ["llama"]}, "model_type"),
         ("llama", {"text_config": {"model_type": "llama"}}, "text_config"),

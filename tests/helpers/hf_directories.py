@@ -54,6 +54,15 @@ CELLS = [
     for tokenizer in tokenizers
     for dialect in DIALECTS
 ]
+# The other families beside their own tokenizers, one dialect each.
+FAMILIES = [
+    Cell("qwen2", "Qwen2Tokenizer", "transformers5"),
+    Cell("qwen3", "Qwen2Tokenizer", "minimal"),
+    Cell("gemma2", "GemmaTokenizer", "old"),
+    Cell("gemma3_text", "GemmaTokenizer", "transformers5"),
+    Cell("phi3", "LlamaTokenizer", "old"),
+]
+CELLS += FAMILIES
 
 
 def build(cell: Cell, directory: Path) -> None:
@@ -97,6 +106,12 @@ def _config(cell: Cell) -> Any:
     if cell.architecture == "mistral":
         window = None if cell.dialect == "transformers5" else 4096
         return transformers.MistralConfig(vocab_size=VOCAB, sliding_window=window, **sizes)
+    if cell in FAMILIES:
+        sizes |= {"head_dim": 8, "max_position_embeddings": 256, **_ends(cell)}
+        windows = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+        sizes |= windows if cell.architecture in ("qwen2", "gemma2", "gemma3_text") else {}
+        sizes |= {"pad_token_id": 0} if cell.architecture == "phi3" else {}  # else 32000
+        return transformers.AutoConfig.for_model(cell.architecture, vocab_size=VOCAB, **sizes)
     if not minimal:
         sizes |= {"max_position_embeddings": 256}
         sizes["tie_word_embeddings"] = cell.dialect == "transformers5"
@@ -122,6 +137,11 @@ def new_tokenizer(kind: str, old: bool = False) -> Any:
         )
     if kind == "GPT2Tokenizer":
         return transformers.GPT2TokenizerFast(**_vocabulary(_byte_backend("<|endoftext|>")))
+    if kind == "Qwen2Tokenizer":
+        return transformers.Qwen2TokenizerFast(**_vocabulary(_byte_backend("<|endoftext|>")))
+    if kind == "GemmaTokenizer":
+        backend = _metaspace_backend("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+        return transformers.GemmaTokenizerFast(**_vocabulary(backend))
     backend = _metaspace_backend()
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if kind == "metaspace" or old:  # transformers 4 wrote the rules into tokenizer.json
@@ -139,20 +159,21 @@ def _byte_backend(*specials: str) -> Backend:
     return backend
 
 
-def _metaspace_backend() -> Backend:
+def _metaspace_backend(*specials: str) -> Backend:
     """Llama 2's, as its tokenizer.json says it: a space before the text, bytes for the rest."""
+    specials = specials or ("<unk>", "<s>", "</s>")
     backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()  # keeps the pieces within words
-    _train(backend, ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
+    _train(backend, [*specials, *(f"<0x{byte:02X}>" for byte in range(256))])
     state = json.loads(backend.to_str())
-    state["added_tokens"] = state["added_tokens"][:3]  # the bytes are pieces as others
+    state["added_tokens"] = state["added_tokens"][: len(specials)]  # the bytes are pieces as others
     backend = Backend.from_str(json.dumps(state | {"pre_tokenizer": None}))
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*back, decoders.Strip(content=" ", left=1)])
-    return _with_bos(backend)
+    return _with_bos(backend) if "<s>" in specials else backend
 
 
 def _with_bos(backend: Backend) -> Backend:
@@ -183,7 +204,9 @@ def _make_old(directory: Path, cell: Cell) -> None:
         config["rope_theta"] = rope.pop("rope_theta")
         kind = rope.pop("rope_type")
         config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
-        del config["head_dim"]
+        config.pop("layer_types", None)
+        if cell.architecture in ("llama", "mistral"):
+            del config["head_dim"]
     else:
         config["n_ctx"] = config["n_positions"]
         _drop_the_prefix(directory / "model.safetensors", config["n_layer"])
@@ -207,7 +230,7 @@ def _make_old_tokenizer(directory: Path, kind: str) -> None:
     template = directory / "chat_template.jinja"
     config |= {"model_max_length": NO_LIMIT, "chat_template": template.read_text()}
     template.unlink()
-    is_named = kind in ("LlamaTokenizer", "GPT2Tokenizer")
+    is_named = kind in ("LlamaTokenizer", "GPT2Tokenizer", "GemmaTokenizer")
     config["tokenizer_class"] = kind if is_named else "PreTrainedTokenizerFast"
     if kind == "LlamaTokenizer":
         config |= {"add_bos_token": True, "add_eos_token": False, "legacy": False}

@@ -28,7 +28,9 @@ def status(key):
 
 # What is made and imported once, whatever the model: the meta device alone brings 140 MB of code.
 lorax.quantize(torch.randn(64, 64), "nf4-dq").dequantize()
-new_model(LlamaConfig(8, 8, 8, 1, 1, 1, 8))
+sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), 8)
+counts = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+new_model(LlamaConfig(**sizes, **dict.fromkeys(counts, 1)))
 gc.collect()
 open("/proc/self/clear_refs", "w").write("5")  # the mark begins anew
 before = status("VmRSS")

@@ -201,6 +201,7 @@ def test_head_loss_over_a_frozen_head_against_cross_entropy(rows, dtype, monkeyp
 def test_a_head_that_trains_gets_its_gradient():
     class Model:
         lm_head = torch.nn.Linear(8, 11, bias=False)
+        logit_cap = None
 
         def hidden_states(self, ids):
             return torch.nn.functional.one_hot(ids, 8).float()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.prompt.config import PromptTuningConfig as PromptTuningConfig
 from lorax.errors import AdapterError
-from lorax.models.gpt2 import GPT2
+from lorax.models.model import Body, Model
 from lorax.models.prefix import Prefix
 
 
@@ -96,7 +96,7 @@ def insert_prompt(model: nn.Module, config: PromptTuningConfig) -> None:
         raise AdapterError("the model has an adapter already; unload_adapter(model) first")
     config = _with_sizes(model, config)
     assert config.token_dim is not None
-    room = int(model.max_positions)  # type: ignore[arg-type]
+    room = _language_model(model).max_positions
     if config.num_virtual_tokens >= room:
         raise AdapterError(
             f"num_virtual_tokens {config.num_virtual_tokens} leaves no position for a token: "
@@ -130,7 +130,7 @@ def _start(model: nn.Module, config: PromptTuningConfig, tokenizer: Encodes | No
         return torch.randn(count, embedding.weight.shape[1], device=device)
     if config.prompt_tuning_init == "SAMPLE_VOCAB":
         ids = torch.randint(0, embedding.weight.shape[0], (count,), device=device)
-        return embedding.weight.detach()[ids].float()
+        return _body(model).scaled(embedding.weight.detach()[ids]).float()
     if tokenizer is None:
         raise AdapterError(
             "prompt_tuning_init = 'TEXT' needs the model's tokenizer: "
@@ -146,18 +146,17 @@ def _start(model: nn.Module, config: PromptTuningConfig, tokenizer: Encodes | No
             f"{embedding.weight.shape[0]} rows"
         )
     ids = torch.tensor((words * (count // len(words) + 1))[:count], device=device)
-    return embedding.weight.detach()[ids].float()
+    return _body(model).scaled(embedding.weight.detach()[ids]).float()
 
 
 def _with_sizes(model: nn.Module, config: PromptTuningConfig) -> PromptTuningConfig:
     """The config with the model's sizes written in, as PEFT writes them."""
-    sizes: Any = model.config
-    if isinstance(model, GPT2):
-        width, layers, heads = sizes.n_embd, sizes.n_layer, sizes.n_head
-    else:
-        width, layers = sizes.hidden_size, sizes.num_hidden_layers
-        heads = sizes.num_attention_heads
-    found = {"token_dim": width, "num_layers": layers, "num_attention_heads": heads}
+    sizes = _language_model(model).config.sizes
+    found: dict[str, Any] = {
+        "token_dim": sizes.width,
+        "num_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+    }
     for key, value in found.items():
         if getattr(config, key) not in (None, value):
             raise AdapterError(
@@ -167,13 +166,20 @@ def _with_sizes(model: nn.Module, config: PromptTuningConfig) -> PromptTuningCon
     return dataclasses.replace(config, **found, num_transformer_submodules=1)
 
 
-def _body(model: nn.Module) -> nn.Module:
+def _language_model(model: nn.Module) -> Model:
+    if not isinstance(model, Model):
+        kind = type(model).__name__
+        raise AdapterError(f"prompt tuning is for language models; {kind} is none of lorax's")
+    return model
+
+
+def _body(model: nn.Module) -> Body:
     """The part of the model that has the prefix."""
-    return model.transformer if isinstance(model, GPT2) else model.model  # type: ignore
+    return _language_model(model).body
 
 
 def _embedding(model: nn.Module) -> nn.Embedding:
-    name = str(model.embedding_name).rpartition(".")[0]
+    name = _language_model(model).embedding_name.rpartition(".")[0]
     embedding = model.get_submodule(name)
     assert isinstance(embedding, nn.Embedding)
     return embedding

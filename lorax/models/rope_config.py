@@ -8,17 +8,20 @@ Where both stand, rope_scaling counts, unless it is null or empty; a theta insid
 outside. So transformers 5.23 reads them.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorax.errors import FormatError, UnsupportedModel
-from lorax.formats.values import flag, number, size
-from lorax.models.llama import LlamaConfig
-from lorax.models.rope import DynamicScaling, Llama3Scaling, YarnScaling
+from lorax.models.config_values import flag, number, size
+from lorax.models.rope import DynamicScaling, Llama3Scaling, LongRopeScaling, YarnScaling
+
+if TYPE_CHECKING:
+    from lorax.models.llama_config import LlamaConfig
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
-ROPE_FIELDS = ("rope_theta", "rope_factor", "llama3_scaling", "dynamic_scaling", "yarn_scaling")
 
 
 def read_rope(values: dict[str, Any], head_dim: int, where: str) -> dict[str, Any]:
@@ -30,11 +33,7 @@ def read_rope(values: dict[str, Any], head_dim: int, where: str) -> dict[str, An
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise FormatError(f"{where}: rope_scaling must be an object, found {rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise UnsupportedModel(
-            f"{where}: rope_type {kind!r} is not covered; {', '.join(ROPE_TYPES)} are"
-        )
+    kind = _kind(rope, ROPE_TYPES, where)
     part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if kind != "default" and part not in (None, 1.0):  # "default" does not look at it
         raise UnsupportedModel(f"{where}: partial_rotary_factor {part!r} is not covered")
@@ -59,6 +58,58 @@ def read_rope(values: dict[str, Any], head_dim: int, where: str) -> dict[str, An
     return result
 
 
+def read_longrope(values: dict[str, Any], head_dim: int, where: str) -> dict[str, Any]:
+    """Phi-3's: "longrope" or none, in a part of each head.
+
+    Its files call it "su" and "yarn", too; original_max_position_embeddings stands outside.
+
+    Raises:
+        UnsupportedModel: another rope_type. FormatError: a key is missing or impossible.
+    """
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise FormatError(f"{where}: rope_scaling must be an object, found {rope!r}")
+    kind = _kind(rope, ("default", "longrope", "su", "yarn"), where)
+    part = number({"partial_rotary_factor": 1.0, **values, **rope}, "partial_rotary_factor", where)
+    holder = rope if "rope_theta" in rope else {"rope_theta": 10000.0, **values}
+    result: dict[str, Any] = {
+        "rope_theta": number(holder, "rope_theta", where),
+        "partial_rotary_factor": part,
+    }
+    turns = int(head_dim * part)
+    if part > 1 or turns < 2 or turns % 2:
+        raise FormatError(f"{where}: partial_rotary_factor {part} of heads of width {head_dim}")
+    if kind == "default":
+        return result
+    trained = size(values, "max_position_embeddings", where)
+    original = size(values, "original_max_position_embeddings", where)
+    factor = number(rope, "factor", where, null=trained / original)
+    waves = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(max(original, 2)))
+    result["longrope_scaling"] = LongRopeScaling(
+        short_factor=_factors(rope, "short_factor", turns // 2, where),
+        long_factor=_factors(rope, "long_factor", turns // 2, where),
+        attention_factor=number(rope, "attention_factor", where, null=waves),
+        original_max_position_embeddings=original,
+    )
+    return result
+
+
+def _kind(rope: dict[str, Any], covered: tuple[str, ...], where: str) -> str:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in covered:
+        raise UnsupportedModel(
+            f"{where}: rope_type {kind!r} is not covered; {', '.join(covered)} are"
+        )
+    return str(kind)
+
+
+def _factors(rope: dict[str, Any], key: str, count: int, where: str) -> tuple[float, ...]:
+    found = rope.get(key)
+    if not isinstance(found, list) or len(found) != count:
+        raise FormatError(f"{where}: {key} must be a list of {count} numbers, found {found!r:.60}")
+    return tuple(number({key: value}, key, where) for value in found)
+
+
 def write_rope(config: LlamaConfig) -> dict[str, Any]:
     """rope_theta and rope_scaling, which transformers 4 and 5 both read."""
     scaling: dict[str, Any] | None = None
@@ -70,6 +121,14 @@ def write_rope(config: LlamaConfig) -> dict[str, Any]:
         scaling = {"rope_type": "dynamic", "factor": config.dynamic_scaling.factor}
     elif config.rope_factor != 1.0:
         scaling = {"rope_type": "linear", "factor": config.rope_factor}
+    elif config.longrope_scaling is not None:
+        long = config.longrope_scaling
+        scaling = {
+            "rope_type": "longrope",
+            "short_factor": list(long.short_factor),
+            "long_factor": list(long.long_factor),
+            "attention_factor": long.attention_factor,
+        }
     return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
 
 
