@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lorax.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lorax.adapters.adalora_config import AdaLoRAConfig as AdaLoRAConfig
-    from lorax.adapters.algebra import Adapter as Adapter
+    from lorax.adapters.adalora.allocator import RankAllocator as RankAllocator
+    from lorax.adapters.adalora.allocator import fold_into_lora as fold_into_lora
+    from lorax.adapters.adalora.config import AdaLoRAConfig as AdaLoRAConfig
+    from lorax.adapters.arithmetic import Adapter as Adapter
     from lorax.adapters.config import LoRAConfig as LoRAConfig
     from lorax.adapters.convert import convert_to_lora as convert_to_lora
     from lorax.adapters.inject import add_adapter as add_adapter
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
     from lorax.adapters.merge import merge_adapter as merge_adapter
     from lorax.adapters.merge import unload_adapter as unload_adapter
     from lorax.adapters.merge import unmerge_adapter as unmerge_adapter
-    from lorax.adapters.prompt_config import PromptTuningConfig as PromptTuningConfig
-    from lorax.adapters.rank_allocator import RankAllocator as RankAllocator
-    from lorax.adapters.rank_allocator import fold_into_lora as fold_into_lora
+    from lorax.adapters.prompt.config import PromptTuningConfig as PromptTuningConfig
+    from lorax.adapters.variants import Variant as Variant
+    from lorax.adapters.variants import register_variant as register_variant
     from lorax.errors import LoraxError as LoraxError
     from lorax.formats.adapter_data import read_adapter as read_adapter
     from lorax.formats.adapter_data import write_adapter as write_adapter
@@ -33,34 +35,42 @@ if TYPE_CHECKING:
     from lorax.formats.peft import save_adapter as save_adapter
     from lorax.inference.generate import generate as generate
     from lorax.parity.against_peft import verify as verify
+    from lorax.plugins import load_plugin as load_plugin
     from lorax.quant.codebooks import register_codebook as register_codebook
     from lorax.quant.quantize import quantize as quantize
     from lorax.quant.tensor import QuantizedTensor as QuantizedTensor
+    from lorax.training.hooks import StepHook as StepHook
+    from lorax.training.hooks import register_step_hook as register_step_hook
     from lorax.training.loop import train as train
     from lorax.training.recipe import Recipe as Recipe
 
 _HOME = {
-    "AdaLoRAConfig": "lorax.adapters.adalora_config",
-    "Adapter": "lorax.adapters.algebra",
+    "AdaLoRAConfig": "lorax.adapters.adalora.config",
+    "Adapter": "lorax.adapters.arithmetic",
     "LoRAConfig": "lorax.adapters.config",
     "LoraxError": "lorax.errors",
-    "PromptTuningConfig": "lorax.adapters.prompt_config",
+    "PromptTuningConfig": "lorax.adapters.prompt.config",
     "QuantizedTensor": "lorax.quant.quantize",
-    "RankAllocator": "lorax.adapters.rank_allocator",
+    "RankAllocator": "lorax.adapters.adalora.allocator",
     "Recipe": "lorax.training.recipe",
+    "StepHook": "lorax.training.hooks",
+    "Variant": "lorax.adapters.variants",
     "add_adapter": "lorax.adapters.inject",
     "convert_to_lora": "lorax.adapters.convert",
     "disabled_adapter": "lorax.adapters.inject",
-    "fold_into_lora": "lorax.adapters.rank_allocator",
+    "fold_into_lora": "lorax.adapters.adalora.allocator",
     "generate": "lorax.inference.generate",
     "load_adapter": "lorax.formats.peft",
     "load_model": "lorax.formats.huggingface",
+    "load_plugin": "lorax.plugins",
     "load_tokenizer": "lorax.formats.huggingface",
     "merge_adapter": "lorax.adapters.merge",
     "print_trainable_parameters": "lorax.adapters.inject",
     "quantize": "lorax.quant.quantize",
     "read_adapter": "lorax.formats.adapter_data",
     "register_codebook": "lorax.quant.codebooks",
+    "register_step_hook": "lorax.training.hooks",
+    "register_variant": "lorax.adapters.variants",
     "save_adapter": "lorax.formats.peft",
     "save_model": "lorax.formats.huggingface",
     "train": "lorax.training.loop",

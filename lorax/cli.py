@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lorax.errors import LoraxError, UsageError, one_line
+from lorax.plugins import load_plugin
 from lorax.quant import codebooks, names
 from lorax.version import __version__
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 app = App(
     name="lorax",
     version=__version__,
-    help="LoRA and QLoRA from scratch: small enough to read, exact enough to trust.",
+    help="LoRA and QLoRA from scratch: small enough to read, exact enough to trust. Each command "
+    "takes --plugin FILE.py: your own file, executed first, which registers variants and the like.",
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
@@ -74,7 +76,8 @@ Json = Annotated[bool, Parameter(help="Print one JSON object.", negative="")]
 def main() -> None:
     """Run the command line; every error that a user can cause is one line on stderr."""
     try:
-        command, given, _ = app.parse_args(exit_on_error=False, print_error=False)
+        rest = take_plugins(sys.argv[1:])
+        command, given, _ = app.parse_args(rest, exit_on_error=False, print_error=False)
         named = {name: _at_home(value) for name, value in given.kwargs.items()}
         command(*map(_at_home, given.args), **named)
     except (CycloptsError, LoraxError) as error:
@@ -87,6 +90,27 @@ def main() -> None:
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
         sys.exit(0)
+
+
+given_plugins: list[Path] = []  # by --plugin, in this call; a run's config.toml names them too
+
+
+def take_plugins(arguments: list[str]) -> list[str]:
+    """Execute what --plugin names, and give the other arguments."""
+    given_plugins.clear()
+    rest, waiting = [], list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name, equals, value = argument.partition("=")
+        if name != "--plugin":
+            rest.append(argument)
+            continue
+        if not equals and not waiting:
+            raise UsageError("--plugin: expected a Python file behind it")
+        given_plugins.append(Path(value if equals else waiting.pop(0)).expanduser())
+    for plugin in given_plugins:
+        load_plugin(plugin)
+    return rest
 
 
 @app.command
@@ -111,7 +135,7 @@ def train(
     """
     from lorax.training.recipe import Recipe
 
-    checked = Recipe.load(recipe, parse_overrides(overrides))
+    checked = Recipe.load(recipe, parse_overrides(overrides), given_plugins)
     if dry_run:
         from lorax.training.plan import describe
 

@@ -50,6 +50,10 @@ class RecipeError(UsageError):
     """A recipe whose keys or values are wrong; the message names the key."""
 
 
+class PluginError(UsageError):
+    """A user's own file that is no plugin or fails; the message has its line."""
+
+
 class EnvironmentProblem(LoraxError):
     """A missing package or device, a full disk, a directory that cannot be written."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from lorax.adapters.config_keys import NOT_COVERED, PeftKeywords, check_unknown, log
+from lorax.adapters.variants import Variant, register_variant
 from lorax.errors import AdapterError
 
 # What PEFT adapts where target_modules is not given, by model type.
@@ -41,7 +42,7 @@ class LoRAConfig(PeftKeywords):
     bias: which of the model's own biases are trained: "none", "lora_only" (of the adapted layers)
         or "all".
     lora_bias: B has a bias of its own, scaled as the path is; not on embeddings, not with DoRA.
-    init_lora_weights: how A and B start, see initialize.py: True (A kaiming-uniform, B zero),
+    init_lora_weights: how A and B start (lora.py, pissa.py): True (A kaiming-uniform, B zero),
         "gaussian" (A ~ N(0, 1/r)), False (both random: the adapter changes the model from the
         start), "pissa", "pissa_niter_K", "olora" or "loftq". "orthogonal", "eva", "mica", "corda"
         and "lora_ga" are words of loaded adapters.
@@ -114,7 +115,7 @@ class LoRAConfig(PeftKeywords):
         self._compile_patterns()
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "adapter") -> LoRAConfig:
+    def from_dict(cls, values: Mapping[str, Any], where: str = "adapter") -> Self:
         """Build from PEFT's keys, as adapter_config.json holds them.
 
         Raises:
@@ -173,6 +174,15 @@ class LoRAConfig(PeftKeywords):
             for target in targets
             if not any(_matches(target if whole else [target], name) for name in names)
         ]
+
+    def unmatched_patterns(self, targets: Collection[str]) -> list[str]:
+        """A line for each key of rank_pattern and alpha_pattern that matches none of the paths."""
+        lines = []
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern, value in getattr(self, key).items():
+                if not any(self._pattern_value({pattern: True}, name, False) for name in targets):
+                    lines.append(f"{key}: {pattern!r} (for {value}) matches no adapted module")
+        return lines
 
     def _check_rank_pattern(self) -> None:
         for name, rank in self.rank_pattern.items():
@@ -281,3 +291,46 @@ def _check_indices(indices: Any) -> None:
             raise AdapterError(
                 f"trainable_token_indices has {rows!r}; expected a list of whole numbers"
             )
+
+
+def _size(config: LoRAConfig) -> str:
+    return f"of rank {config.r}, lora_alpha {config.lora_alpha:g}"
+
+
+_LINEAR, _TABLE = "lorax.adapters.lora:LoRALinear", "lorax.adapters.embedding:LoRAEmbedding"
+register_variant(
+    Variant(
+        "lora",
+        LoRAConfig,
+        title="LoRA",
+        summary=lambda config: f"LoRA {_size(config)}",
+        layer=_LINEAR,
+        embedding=_TABLE,
+        tags=("lora",),
+    )
+)
+register_variant(
+    Variant(
+        "rslora",
+        LoRAConfig,
+        title="rsLoRA",
+        summary=lambda config: f"rsLoRA {_size(config)} (scaled by alpha / sqrt(r))",
+        layer=_LINEAR,
+        embedding=_TABLE,
+        chosen=lambda config: config.use_rslora,
+        tags=("lora",),
+    )
+)
+register_variant(
+    Variant(
+        "lora_bias",
+        LoRAConfig,
+        title="lora_bias",
+        summary=lambda config: f"LoRA {_size(config)}, B with a bias",
+        layer=_LINEAR,
+        chosen=lambda config: config.lora_bias,
+        tags=("lora",),
+        no_matrix="has lora_bias = True: it is no low-rank matrix alone, and there is no adding or "
+        "comparing it",
+    )
+)

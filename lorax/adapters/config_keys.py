@@ -18,7 +18,7 @@ import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from lorax.errors import AdapterError
 
@@ -46,8 +46,25 @@ _ACTS = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What every variant's config is: a frozen dataclass that a file's keys make.
+
+    It has a `peft_type`, a field or a class's attribute: what adapter_config.json says it is.
+    """
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "adapter") -> Self:
+        """Build from adapter_config.json's keys; `where` opens an error's message."""
+        raise NotImplementedError
+
+    def for_file(self, base: str | None) -> Self:
+        """What is written down over the base of that name."""
+        return self
+
+
 @dataclass(frozen=True, kw_only=True)
-class PeftKeywords:
+class PeftKeywords(AdapterConfig):
     """The keywords of PEFT's LoraConfig that lorax keeps or does not cover; meaning as in PEFT.
 
     task_type: what the model is for, "CAUSAL_LM"; PEFT's enum is taken, too.

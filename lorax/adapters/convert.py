@@ -16,14 +16,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.inject import adapter_config, require_adapter
-from lorax.adapters.layer import AdapterLayer
-from lorax.adapters.lora import LoRALinear
-from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
 from lorax.adapters.tables import is_tied
 from lorax.errors import AdapterError
 from lorax.models.gpt2 import GPT2
@@ -58,7 +54,7 @@ def start_is_lost(
 
 
 def plain_form(config: LoRAConfig) -> LoRAConfig:
-    """What to write in the place of `config` for the tensors of `plain_tensors`: rank 2r, same s.
+    """What to write in the place of `config` for the layers' `plain_tensors`: rank 2r, same s.
 
     Raises:
         AdapterError: LoftQ: a quantized base is no LoRA over the base that it came from.
@@ -78,15 +74,6 @@ def plain_form(config: LoRAConfig) -> LoRAConfig:
         rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
         alpha_pattern={key: grows * alpha for key, alpha in config.alpha_pattern.items()},
     )
-
-
-def plain_tensors(layer: AdapterLayer) -> dict[str, Tensor]:
-    """The layer's tensors as a plain LoRA's, under PEFT's names below its path."""
-    tensors: dict[str, Tensor] = {name: t.detach() for name, t in layer.tensors().items()}
-    if isinstance(layer, ResidualLoRALinear):
-        with torch.no_grad():
-            tensors["lora_A.weight"], tensors["lora_B.weight"] = layer.factors()
-    return tensors
 
 
 def convert_to_lora(model: nn.Module) -> None:
@@ -114,20 +101,7 @@ def convert_to_lora(model: nn.Module) -> None:
         config = dataclasses.replace(config, init_lora_weights=True, loftq_config={})
         model.loaded_from = None  # type: ignore[assignment]  # the base is LoftQ's now
     for name, layer in layers.items():
-        if isinstance(layer, ResidualLoRALinear | LoftQLinear):  # token rows stay as they are
-            replace_module(model, name, _plain_layer(layer))
+        plain = layer.plain_layer()
+        if plain is not None:  # token rows stay as they are
+            replace_module(model, name, plain)
     model.adapter_config = config  # type: ignore[assignment]
-
-
-def _plain_layer(layer: ResidualLoRALinear | LoftQLinear) -> LoRALinear:
-    found = plain_tensors(layer)
-    A, B = found["lora_A.weight"], found["lora_B.weight"]
-    plain = LoRALinear(layer.frozen, A.shape[0], layer.scaling, layer.dropout)
-    for mine, value, before in (
-        (plain.lora_A, A, layer.lora_A),
-        (plain.lora_B, B, layer.lora_B),
-    ):
-        mine.data.copy_(value)
-        mine.requires_grad_(before.requires_grad)
-    plain.enabled = layer.enabled
-    return plain.train(layer.training)

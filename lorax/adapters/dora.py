@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.config import LoRAConfig
 from lorax.adapters.embedding import LoRAEmbedding
 from lorax.adapters.lora import LoRALinear
+from lorax.adapters.variants import Variant, register_variant
 from lorax.quant.linear import QuantizedLinear, dequantize_into_scratch
 
 CHUNK_VALUES = 2**18  # of a 16-bit weight that are in float32 at a time: 1 MiB
@@ -212,3 +214,19 @@ class _Rescale(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dbias = -more * dy.flatten(0, -2).sum(0)
         return du, dgain, dbias
+
+
+register_variant(
+    Variant(
+        "dora",
+        LoRAConfig,
+        title="DoRA",
+        summary=lambda config: f"DoRA of rank {config.r}, lora_alpha {config.lora_alpha:g}",
+        layer=DoRALinear,
+        embedding=DoRAEmbedding,
+        chosen=lambda config: config.use_dora,
+        tags=("lora",),
+        no_matrix="has use_dora = True: it is no low-rank matrix alone, and there is no adding or "
+        "comparing it",
+    )
+)

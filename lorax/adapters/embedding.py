@@ -12,10 +12,13 @@ into the model, not what comes out of it. Merging therefore unties the two.
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorax.adapters.config import LoRAConfig
 from lorax.adapters.layer import AdapterLayer
 
 
@@ -35,6 +38,12 @@ class LoRAEmbedding(AdapterLayer):
         vocabulary, dim = base.weight.shape
         self.lora_embedding_A = nn.Parameter(torch.zeros(r, vocabulary, device=self.device))
         self.lora_embedding_B = nn.Parameter(torch.zeros(dim, r, device=self.device))
+
+    @classmethod
+    def wrap(cls, base: nn.Module, name: str, config: LoRAConfig, shared: Any) -> Self:
+        """See `AdapterLayer.wrap`."""
+        assert isinstance(base, nn.Embedding)
+        return cls(base, config.rank(name), config.scaling(name))
 
     def initialize(self, how: bool | str) -> None:
         """B ~ N(0, 1) and A zero; with False, A ~ N(0, 1) too."""

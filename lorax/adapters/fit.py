@@ -6,13 +6,11 @@ what it finds. lorax loads such adapters; where one is made, a name without a mo
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Collection
 
 from torch import nn
 
-from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.config import LoRAConfig
 from lorax.errors import AdapterError
 from lorax.quant.linear import QuantizedLinear
@@ -48,24 +46,6 @@ def missing_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     for wanted in config.modules_to_save or []:
         if not any(name.endswith(wanted) for name in modules):
             lines.append(f"modules_to_save: {wanted!r} matches no module")
-    return lines
-
-
-def missing_patterns(config: LoRAConfig, targets: Collection[str]) -> list[str]:
-    """A line for each key of rank_pattern and alpha_pattern that matches none of these paths."""
-    if isinstance(config, AdaLoRAConfig):
-        strangers = set(config.rank_pattern or ()) - {f"{name}.lora_E" for name in targets}
-        return [
-            f"rank_pattern: {name!r} belongs to no adapted module" for name in sorted(strangers)
-        ]
-    lines = []
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in getattr(config, key).items():
-            alone = dataclasses.replace(
-                config, r=1, lora_alpha=1, rank_pattern={pattern: 2}, alpha_pattern={}
-            )
-            if not any(alone.rank(name) == 2 for name in targets):
-                lines.append(f"{key}: {pattern!r} (for {value}) matches no adapted module")
     return lines
 
 

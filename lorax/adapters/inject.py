@@ -5,28 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from lorax.adapters.adalora import AdaLoRAConfig, AdaLoRALinear
 from lorax.adapters.config import DEFAULT_TARGETS, LOST, SETTLED, LoRAConfig
-from lorax.adapters.dora import DoRAEmbedding, DoRALinear
-from lorax.adapters.embedding import LoRAEmbedding
+from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.fit import (
     LONG,
     check_fit,
     is_linear,
-    missing_patterns,
     missing_targets,
     shortest_names,
 )
 from lorax.adapters.layer import AdapterLayer
-from lorax.adapters.lora import LoRALinear
-from lorax.adapters.prompt import Encodes, PromptTuningConfig, add_prompt
-from lorax.adapters.replaced import find_parameters, replace_parameters, replaced_parameters
-from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
-from lorax.adapters.tables import head_path, is_language_model, is_tied
-from lorax.adapters.tokens import find_rows, put_rows
+from lorax.adapters.modules_to_save import find_parameters, replace_parameters, replaced_parameters
+from lorax.adapters.tables import head_path, is_language_model
+from lorax.adapters.trainable_tokens import find_rows, put_rows
+from lorax.adapters.variants import Variant, resolved, variant_of
 from lorax.errors import AdapterError
 from lorax.models import Model
 from lorax.models.gpt2 import GPT2
@@ -34,14 +30,12 @@ from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
 
 
-def add_adapter(
-    model: nn.Module, config: LoRAConfig | PromptTuningConfig, tokenizer: Encodes | None = None
-) -> None:
+def add_adapter(model: nn.Module, config: AdapterConfig, tokenizer: Any = None) -> None:
     """Put an adapter into the model, in place; afterwards the adapter alone requires gradients.
 
     Args:
         model: a model without an adapter.
-        config: what, and where: a LoRAConfig, an AdaLoRAConfig or a PromptTuningConfig.
+        config: what, and where: the config of a registered variant, such as a LoRAConfig.
         tokenizer: the model's, for a prompt that starts as a text; nothing else asks for it.
 
     Raises:
@@ -50,9 +44,11 @@ def add_adapter(
             trained twice over. The model is then as it was.
     """
     require_none(model)
-    if isinstance(config, PromptTuningConfig):
-        add_prompt(model, config, tokenizer)
+    variant = variant_of(config)
+    if variant.add is not None:
+        resolved(variant.add)(model, config, tokenizer)
         return
+    config = _around_modules(config)
     if config.init_lora_weights in (*SETTLED, *LOST):
         raise AdapterError(
             f"init_lora_weights = {config.init_lora_weights!r}: lorax loads such an adapter, and "
@@ -60,12 +56,12 @@ def add_adapter(
         )
     config = expand_targets(model, config)
     check_fit(model, config)
-    for line in missing_patterns(config, find_targets(model, config)):
+    for line in config.unmatched_patterns(find_targets(model, config)):
         raise AdapterError(line)
     insert_adapter(model, config)
 
 
-def insert_adapter(model: nn.Module, config: LoRAConfig) -> None:
+def insert_adapter(model: nn.Module, config: AdapterConfig) -> None:
     """`add_adapter` for a config that a file states: names which the model lacks are passed over.
 
     How A and B start is not looked at where nothing of it is left in a trained adapter.
@@ -73,12 +69,15 @@ def insert_adapter(model: nn.Module, config: LoRAConfig) -> None:
     Raises:
         AdapterError: as `add_adapter`.
     """
-    config = expand_targets(model, config)
+    variant = variant_of(config)
+    if variant.insert is not None:
+        resolved(variant.insert)(model, config)
+        return
+    config = expand_targets(model, _around_modules(config))
     targets = find_targets(model, config)
     rows = find_rows(model, config)
     whole = find_parameters(model, config, {*targets, *rows})
-    _check_start(model, targets, config)
-    layers = {name: _started_layer(name, base, config) for name, base in targets.items()}
+    layers = _started_layers(model, variant, targets, config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, layer in layers.items():
@@ -88,48 +87,42 @@ def insert_adapter(model: nn.Module, config: LoRAConfig) -> None:
     model.adapter_config = config  # type: ignore[assignment]
 
 
-def _layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
-    """The variant that the config asks for, around the module of that path."""
-    size = config.rank(name), config.scaling(name)
-    if isinstance(base, nn.Embedding):
-        if config.lora_bias or isinstance(config, AdaLoRAConfig):
-            kind = "lora_bias" if config.lora_bias else "AdaLoRA"
-            raise AdapterError(f"{kind} goes with Linears; this is an Embedding")
-        return (DoRAEmbedding if config.use_dora else LoRAEmbedding)(base, *size)
-    linear = base, *size, config.lora_dropout
-    if config.starts_inside:
-        return ResidualLoRALinear(*linear)
-    if config.init_lora_weights == "loftq":
-        times, format = config.loftq_config["loftq_iter"], config.loftq_config.get("loftq_format")
-        return LoftQLinear(*linear, iterations=times, format=format or "nf4")
-    if isinstance(config, AdaLoRAConfig):
-        return AdaLoRALinear(*linear)
-    if config.use_dora:
-        return DoRALinear(*linear)
-    return LoRALinear(*linear, config.lora_bias)
-
-
-def _check_start(model: nn.Module, targets: dict[str, nn.Module], config: LoRAConfig) -> None:
-    """What cannot be started as asked, and could not be written as PEFT's file either."""
+def _started_layers(
+    model: nn.Module, variant: Variant, targets: dict[str, nn.Module], config: LoRAConfig
+) -> dict[str, AdapterLayer]:
+    """The variant's layers around these modules, initialized."""
     how = config.init_lora_weights
-    if not config.starts_inside and how != "loftq":
-        return
-    for name, module in targets.items():
-        if not is_linear(module):
-            kind = type(module).__name__
-            raise AdapterError(f"{name} is a {kind}; init_lora_weights = {how!r} goes with Linears")
-    if how == "loftq" and "lm_head" in targets and is_tied(model):
-        raise AdapterError("lm_head is tied to the embedding; LoftQ cannot quantize one of them")
+    how = True if how in (*SETTLED, *LOST) else how
+    kinds = {name: _kind(variant, name, base) for name, base in targets.items()}
+    shared: dict[type[AdapterLayer], Any] = {}
+    for kind in dict.fromkeys(kinds.values()):
+        of_kind = {name: base for name, base in targets.items() if kinds[name] is kind}
+        shared[kind] = kind.prepare(model, of_kind, config)
+    layers = {}
+    for name, base in targets.items():
+        try:
+            layers[name] = kinds[name].wrap(base, name, config, shared[kinds[name]])
+            layers[name].initialize(how)
+        except AdapterError as error:
+            raise AdapterError(f"{name}: {error}") from None
+    return layers
 
 
-def _started_layer(name: str, base: nn.Module, config: LoRAConfig) -> AdapterLayer:
-    try:
-        layer = _layer(name, base, config)
-        how = config.init_lora_weights
-        layer.initialize(True if how in (*SETTLED, *LOST) else how)
-    except AdapterError as error:
-        raise AdapterError(f"{name}: {error}") from None
-    return layer
+def _kind(variant: Variant, name: str, base: nn.Module) -> type[AdapterLayer]:
+    """The variant's layer class for that module."""
+    is_table = isinstance(base, nn.Embedding)
+    kind: type[AdapterLayer] | None = resolved(variant.embedding if is_table else variant.layer)
+    if kind is None:
+        raise AdapterError(
+            f"{name}: {variant.title} goes with Linears; this is a {type(base).__name__}"
+        )
+    return kind
+
+
+def _around_modules(config: AdapterConfig) -> LoRAConfig:
+    """The config of a variant that wraps modules, all of which pick them as LoRA does."""
+    assert isinstance(config, LoRAConfig)
+    return config
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -152,18 +145,19 @@ def require_none(model: nn.Module) -> None:
 
 
 def adapter_config(model: nn.Module) -> LoRAConfig:
-    """The config of the model's LoRA of any kind, its targets written out."""
+    """The config of the model's adapter, of any variant around modules, its targets written out."""
     config = stated_config(model)
-    if isinstance(config, PromptTuningConfig):
-        raise AdapterError("the model's adapter is a tuned prompt; expected a LoRA")
-    return config
+    variant = variant_of(config)
+    if not variant.is_around_modules:
+        raise AdapterError(f"the model's adapter is {variant.title}; expected one around modules")
+    return _around_modules(config)
 
 
-def stated_config(model: nn.Module) -> LoRAConfig | PromptTuningConfig:
+def stated_config(model: nn.Module) -> AdapterConfig:
     """The config of the model's adapter, whatever it is."""
     require_adapter(model)
     config = model.adapter_config
-    assert isinstance(config, LoRAConfig | PromptTuningConfig)
+    assert isinstance(config, AdapterConfig)
     return config
 
 
@@ -197,10 +191,10 @@ def embedding_weight(model: Model) -> Tensor:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; a quantized weight counts as many as it has values.
 
-    LoftQ's quantized copies stand for parameters that are counted already.
+    Copies of the base that a layer keeps (LoftQ's) stand for parameters that are counted already.
     """
     plain = list(model.parameters())
-    copies = [m.quantized for m in model.modules() if isinstance(m, LoftQLinear)]
+    copies = [copy for layer in adapter_layers(model).values() for copy in layer.copies()]
     bases = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m not in copies]
     quantized = [base.quantized for base in bases]
     everything = sum(p.numel() for p in plain) + sum(q.shape.numel() for q in quantized)

@@ -16,12 +16,13 @@ float32 masters while the matrix work runs in 16 bits. (PEFT casts the input up 
 from __future__ import annotations
 
 import math
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax.adapters.initialize import fresh
+from lorax.adapters.config import LoRAConfig
 from lorax.adapters.layer import AdapterLayer
 from lorax.quant import ops
 from lorax.quant.four_bit import FourBitTensor
@@ -59,8 +60,14 @@ class LoRALinear(AdapterLayer):
         if lora_bias:
             self.lora_B_bias = nn.Parameter(torch.zeros(self.out_features, device=self.device))
 
+    @classmethod
+    def wrap(cls, base: nn.Module, name: str, config: LoRAConfig, shared: Any) -> Self:
+        """See `AdapterLayer.wrap`."""
+        more = {"lora_bias": True} if config.lora_bias else {}
+        return cls(base, config.rank(name), config.scaling(name), config.lora_dropout, **more)
+
     def initialize(self, how: bool | str) -> None:
-        """Draw A and B from torch's global generator; see initialize.py."""
+        """Draw A and B from torch's global generator; see `fresh`."""
         fresh(self.lora_A, self.lora_B, how)
         if self.lora_B_bias is not None:
             bound = 1 / math.sqrt(self.r) if how is False else 0.0
@@ -147,6 +154,29 @@ class LoRALinear(AdapterLayer):
         own = self.scaling * self.lora_B_bias.detach()
         return (own if bias is None else bias.detach() + own).to(self.base_weight().dtype)
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        """Copies of `factors`, and the scale."""
+        A, B = self.factors()
+        return A.detach().clone(), B.detach().clone(), self.scaling
+
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
         return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def fresh(A: Tensor, B: Tensor, how: bool | str) -> None:
+    """Draw A (r, in) and B (out, r) in place from torch's global generator.
+
+    how: True: A kaiming-uniform, B zero, so that the model starts as its base (arXiv:2106.09685).
+        "gaussian": A ~ N(0, 1/r) in standard deviation, B zero. False: both kaiming-uniform; the
+        adapter changes the model from the start.
+    """
+    if how == "gaussian":
+        nn.init.normal_(A, std=1 / A.shape[0])
+        nn.init.zeros_(B)
+        return
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if how is False:
+        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(B)

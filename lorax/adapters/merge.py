@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from lorax.adapters.inject import require_adapter
 from lorax.adapters.layer import AdapterLayer
-from lorax.adapters.replaced import forget, put_back, replaced_parameters
+from lorax.adapters.modules_to_save import forget, put_back, replaced_parameters
 from lorax.adapters.tables import is_language_model
-from lorax.adapters.tokens import TokenRows, tie_merged
+from lorax.adapters.trainable_tokens import rows_of, tie_merged
 from lorax.errors import AdapterError
 from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
@@ -131,7 +131,7 @@ def unload_adapter(
     if how is None:
         for name, layer in layers.items():  # one at a time, before anything is taken out
             merged_layer(layer, name)
-    rows = {name: layer for name, layer in layers.items() if isinstance(layer, TokenRows)}
+    rows = rows_of(layers)
     for name in list(layers):
         layer = layers.pop(name)  # so that what it held is freed before the next one is made
         merged, _ = merged_layer(layer, name) if how is None else how(name, layer)

@@ -10,9 +10,8 @@ import json
 import re
 from pathlib import Path
 
-from lorax.adapters.adalora_config import AdaLoRAConfig
-from lorax.adapters.config import LoRAConfig
-from lorax.adapters.prompt_config import PromptTuningConfig
+from lorax.adapters.config_keys import AdapterConfig
+from lorax.adapters.variants import variant_of
 
 CARD = "README.md"
 _OURS = "Trained with lorax: "
@@ -39,7 +38,7 @@ def may_write(directory: Path) -> bool:
         return False
 
 
-def card(config: LoRAConfig | PromptTuningConfig, base: str | None, task: str | None) -> str:
+def card(config: AdapterConfig, base: str | None, task: str | None) -> str:
     """The card's text.
 
     base: the base model's name or path, if it has one; left out otherwise. task: PEFT's task_type.
@@ -47,22 +46,20 @@ def card(config: LoRAConfig | PromptTuningConfig, base: str | None, task: str | 
     tags = []
     if base is not None:
         tags.append(yaml_text(f"base_model:adapter:{base}"))
-    if isinstance(config, PromptTuningConfig):
-        kind, sizes = "Prompt tuning", f"{config.num_virtual_tokens} virtual tokens"
-    elif isinstance(config, AdaLoRAConfig):
-        kind, sizes = "AdaLoRA", f"init_r = {config.init_r}, target_r = {config.target_r}"
-    else:
-        kind, sizes = "LoRA", f"r = {config.r}, lora_alpha = {config.lora_alpha}"
-        tags.append("lora")
+    variant = variant_of(config)
+    tags += variant.tags
     front = [] if base is None else [f"base_model: {yaml_text(base)}"]
     front.append("library_name: peft")
     if task == "CAUSAL_LM":
         front.append("pipeline_tag: text-generation")
     front += ["tags:", *(f"- {tag}" for tag in [*tags, "lorax"])]
-    lines = ["---", *front, "---", "", f"# {kind} adapter", ""]
-    lines += [f"{_OURS}{sizes}. PEFT and lorax load it:", ""]
+    who = "PEFT and lorax load it" if variant.in_peft else "lorax loads it, with its plugin"
+    lines = ["---", *front, "---", "", f"# {variant.title} adapter", ""]
+    lines += [f"{_OURS}{variant.summary(config)}. {who}:", ""]
     lines += [
         '    PeftModel.from_pretrained(model, "PATH")        lorax.load_adapter(model, "PATH")'
+        if variant.in_peft
+        else '    lorax.load_adapter(model, "PATH")'
     ]
     return "\n".join(lines) + "\n"
 

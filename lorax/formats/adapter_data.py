@@ -1,7 +1,7 @@
-"""An adapter's directory as data to calculate with, and back: `lorax.adapters.algebra.Adapter`.
+"""An adapter's directory as data to calculate with, and back: `lorax.adapters.arithmetic.Adapter`.
 
 No base model is needed, so only a LoRA that is a low-rank matrix by itself can be read: what takes
-its start out of the base (PiSSA, OLoRA), quantizes it (LoftQ) or scales it (DoRA) is refused.
+its start out of the base, quantizes or scales it is refused, by what its variant says.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorax.adapters.algebra import Adapter, LowRank, check_low_rank
+from lorax.adapters.arithmetic import Adapter, LowRank, check_low_rank
 from lorax.adapters.config import LoRAConfig
+from lorax.adapters.config_keys import AdapterConfig
+from lorax.adapters.variants import variant_of
 from lorax.errors import AdapterError, FormatError, UsageError
 from lorax.formats.peft_directory import (
     CONFIG,
@@ -38,9 +40,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """
     directory = find_adapter(path)
     config, base = read_adapter_config(directory)
-    if not isinstance(config, LoRAConfig):
-        raise AdapterError(f"{directory / CONFIG}: is {config.peft_type}; expected a LoRA")
-    _check_by_itself(config, str(directory / CONFIG))
+    config = _checked(config, str(directory / CONFIG))
     file = directory / TENSORS
     if not file.is_file():
         raise FormatError(f"{directory}: no {TENSORS}")
@@ -89,13 +89,14 @@ def weighted_sum(paths: Sequence[str | os.PathLike[str]], weights: Sequence[floa
     return sum(others, first)
 
 
-def _check_by_itself(config: LoRAConfig, where: str) -> None:
+def _checked(config: AdapterConfig, where: str) -> LoRAConfig:
+    """The config of a low-rank matrix by itself."""
     check_low_rank(config, where)
-    if config.starts_inside or config.init_lora_weights == "loftq":
-        raise AdapterError(
-            f"{where}: init_lora_weights = {config.init_lora_weights!r}, so what it adds depends "
-            "on its base; load it there and save_adapter(plain=True), or take Adapter.of(model)"
-        )
+    why = variant_of(config).no_matrix_alone
+    if why:
+        raise AdapterError(f"{where}: {why}")
+    assert isinstance(config, LoRAConfig)
+    return config
 
 
 def _module(name: str, where: str) -> str | None:

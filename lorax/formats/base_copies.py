@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.inject import adapter_layers
 from lorax.adapters.layer import AdapterLayer
-from lorax.adapters.prompt import PromptTuning
-from lorax.adapters.replaced import replaced_parameters
-from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
-from lorax.adapters.tokens import TokenRows
+from lorax.adapters.modules_to_save import replaced_parameters
 from lorax.errors import AdapterError
 from lorax.formats.peft_directory import PREFIX
 from lorax.formats.safetensors_files import FLOATS
@@ -29,9 +26,11 @@ from lorax.quant.linear import QuantizedLinear
 def file_name(model: nn.Module, place: str) -> str:
     """PEFT's name, below its prefix, for the parameter of that path in the adapted model."""
     layer, _, rest = place.partition(".base_layer.")
-    if rest and isinstance(model.get_submodule(layer), TokenRows):
-        return f"{layer}.token_adapter.base_layer.{rest}"
-    return place
+    if not rest:
+        return place
+    adapted = model.get_submodule(layer)
+    assert isinstance(adapted, AdapterLayer)
+    return f"{layer}.{adapted.file_base}.{rest}"
 
 
 def take_base_copies(
@@ -57,7 +56,7 @@ def take_base_copies(
     for path in dict.fromkeys([*table_paths(model), *layers]):
         layer = layers.get(path)
         place = f"{path}.weight" if layer is None else f"{path}.base_layer.weight"
-        if place in whole or isinstance(layer, PromptTuning):
+        if place in whole or (layer is not None and not layer.has_path):
             continue
         copy = rest.pop(PREFIX + file_name(model, place), None)
         if layer is not None and _is_changed(layer):
@@ -100,8 +99,7 @@ def _is_equal(model: nn.Module, place: str, copy: Tensor) -> bool:
 
 def _is_changed(layer: AdapterLayer) -> bool:
     """Whether PEFT holds another weight for the base than lorax does, or none that is dense."""
-    changed = isinstance(layer, ResidualLoRALinear | LoftQLinear)
-    return changed or isinstance(layer.base_layer, QuantizedLinear)
+    return layer.moves_base or isinstance(layer.base_layer, QuantizedLinear)
 
 
 def _check_copy(layer: AdapterLayer, path: str, copy: Tensor, where: str) -> None:
@@ -125,11 +123,8 @@ def base_copies(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
         targets = [name.rpartition(".")[2] for name in layers]
     if config.trainable_token_indices or not any(name in targets for name in known):
         return {}
-    plain = config.init_lora_weights in (True, False, "gaussian")
     return {
-        f"{PREFIX}{name}.base_layer.weight": (
-            layers[name].base_weight() if plain else layers[name].stored_base()
-        ).clone()
+        f"{PREFIX}{name}.base_layer.weight": layers[name].stored_base().clone()
         for name in table_paths(model)
         if name in layers and isinstance(layers[name].base_layer, nn.Linear | nn.Embedding)
     }
@@ -165,7 +160,7 @@ def _is_same_base(layer: AdapterLayer, copy: Tensor, weight: Tensor) -> bool:
     """Equal bits; where a decomposition lies between, equal up to rounding."""
     if torch.equal(copy, weight):
         return True
-    if not isinstance(layer, ResidualLoRALinear):
+    if not layer.decomposes:
         return False
     size = layer.base_weight().abs().max()
     return bool((copy - weight).abs().max() <= 8 * torch.finfo(weight.dtype).eps * size)

@@ -3,12 +3,16 @@
 An adapter's safetensors file carries one more entry of metadata, which PEFT reads past:
 
     lorax.fingerprint = {
-      "format": 1,  "lorax": "0.1.0",
+      "format": 2,  "lorax": "0.1.0",
       "base":    {"sha256": ..., "path": ..., "config": {...}} or {"sha256": null, ...},
       "quantization": null | "nf4-dq" | ...,
-      "adapter": {"sha256": ..., "settings": {"r", "lora_alpha", "use_rslora", ...},
+      "adapter": {"sha256": ..., "settings": {"peft_type": "LORA", "r": 16, ...},
                   "tensors": ["0123abcd", ...]}
     }
+
+`settings` is the whole adapter_config.json but for what only describes it (task_type, revision,
+names of other files, ...), and of that what is not the default: so a key that a later version adds
+counts as its default in every older file. Format 1 had five settings and is checked as it was.
 
 The base's digest is over its tensors as they are stored in its files, so that one base loaded as
 float32, bfloat16 or NF4 is one base, however its files are cut into shards:
@@ -38,6 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.config_keys import DESCRIPTIVE, AdapterConfig, default_of
 from lorax.adapters.tables import is_language_model
 from lorax.errors import AdapterError, EnvironmentProblem, FormatError, LoraxError
 from lorax.formats.bitsandbytes import QuantizedFiles
@@ -51,8 +56,10 @@ from lorax.version import __version__
 log = logging.getLogger(__name__)
 
 KEY = "lorax.fingerprint"
-FORMAT = 1
-# What changes an adapter's meaning without changing its tensors.
+FORMAT = 2
+# Of an adapter's config, what says nothing about what it computes or trains.
+DESCRIBES = DESCRIPTIVE - {"peft_type"} | {"tokenizer_name_or_path"}
+# Format 1's settings.
 SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 _digests: dict[tuple[tuple[str, int, int], ...], str] = {}
@@ -115,12 +122,20 @@ def check_adapter(
     """
     if not found:
         return
-    stated, settings = found["adapter"], _settings(config)
+    stated = found["adapter"]
     then = stated["settings"]
+    if found.get("format") != FORMAT:
+        settings, defaults = _settings_of_format_1(config), {}
+        keys = list(settings)
+    else:
+        settings, defaults = _settings(config), _defaults_of(config)
+        keys = sorted({*settings, *then})
     edited = [
-        f"{key} is {settings[key]!r}, was {then.get(key)!r}"
-        for key in settings
-        if json.dumps(settings[key]) != json.dumps(then.get(key))
+        f"{key} is {settings.get(key, defaults.get(key))!r}, "
+        f"was {then.get(key, defaults.get(key))!r}"
+        for key in keys
+        if _as_json(settings.get(key, defaults.get(key)))
+        != _as_json(then.get(key, defaults.get(key)))
     ]
     hint = "if it is meant, lorax.load_adapter(..., check_adapter=False) and save_adapter again"
     if edited:
@@ -270,14 +285,46 @@ def _sha256(lines: Iterable[str]) -> str:
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
-def _settings(config: Any) -> dict[str, Any]:
-    """The settings of any kind of adapter's config; alphas as floats, since 8 is 8.0."""
+def _settings(config: AdapterConfig) -> dict[str, Any]:
+    """What of the config is not the default, as JSON has it, in the order of the names."""
+    fields: Any = config
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(fields)}
+    values["peft_type"] = getattr(config, "peft_type", None)
+    defaults = _defaults_of(config)
+    return {
+        key: json.loads(_as_json(values[key]))
+        for key in sorted(values)
+        if key not in DESCRIBES and _as_json(values[key]) != _as_json(defaults.get(key))
+    }
+
+
+def _defaults_of(config: AdapterConfig) -> dict[str, Any]:
+    """The config's defaults; its peft_type has none, so that it is always among the settings."""
+    fields: Any = config
+    return {f.name: default_of(f) for f in dataclasses.fields(fields) if f.name != "peft_type"}
+
+
+def _as_json(value: Any) -> str:
+    """One text for what a file does not tell apart: 8 is 8.0, a tuple is a list."""
+    return json.dumps(_whole(value), sort_keys=False)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _whole(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole(inside) for inside in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _settings_of_format_1(config: Any) -> dict[str, Any]:
+    """The settings that format 1 kept, of any kind of adapter; alphas as floats."""
     values: dict[str, Any] = {key: getattr(config, key, None) for key in SETTINGS}
     if values["lora_alpha"] is not None:
         values["lora_alpha"] = float(values["lora_alpha"])
     if values["alpha_pattern"] is not None:
         values["alpha_pattern"] = {k: float(v) for k, v in values["alpha_pattern"].items()}
-    if hasattr(config, "init_r"):  # AdaLoRA's scale depends on it
+    if hasattr(config, "init_r"):
         values["init_r"] = config.init_r
     return values
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.convert import plain_form, plain_tensors, start_is_lost
-from lorax.adapters.fit import missing_patterns, missing_targets
+from lorax.adapters.config_keys import AdapterConfig
+from lorax.adapters.convert import plain_form, start_is_lost
+from lorax.adapters.fit import missing_targets
 from lorax.adapters.inject import (
     adapter_layers,
     find_targets,
@@ -34,10 +35,10 @@ from lorax.adapters.inject import (
 )
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import unload_adapter
-from lorax.adapters.prompt import PromptTuning, PromptTuningConfig, insert_prompt
-from lorax.adapters.replaced import put_table, replaced_parameters
+from lorax.adapters.modules_to_save import put_table, replaced_parameters
 from lorax.adapters.tables import is_language_model
-from lorax.adapters.tokens import TokenRows
+from lorax.adapters.trainable_tokens import rows_of
+from lorax.adapters.variants import variant_of
 from lorax.errors import AdapterError, FormatError, LoraxError
 from lorax.formats import fingerprint
 from lorax.formats.base_copies import (
@@ -71,7 +72,7 @@ def load_adapter(
     check_base: bool = True,
     check_adapter: bool = True,
     resize_vocabulary: bool = False,
-) -> LoRAConfig | PromptTuningConfig:
+) -> AdapterConfig:
     """Load a PEFT adapter directory into the model, in place.
 
     Args:
@@ -129,7 +130,7 @@ def _no_tensors(directory: Path) -> str:
 
 def _check_fingerprint(
     model: nn.Module,
-    config: LoRAConfig | PromptTuningConfig,
+    config: AdapterConfig,
     tensors: dict[str, Tensor],
     file: Path,
     check_base: bool,
@@ -147,21 +148,20 @@ def _check_fingerprint(
 
 def _insert(
     model: nn.Module,
-    config: LoRAConfig | PromptTuningConfig,
+    config: AdapterConfig,
     tensors: dict[str, Tensor],
     directory: Path,
     resized: bool,
 ) -> None:
     """Put the adapter in, with its tensors; where they do not fit, leave the model as it was."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    if isinstance(config, PromptTuningConfig):
-        insert_prompt(model, config)
-    else:
-        require_none(model)
+    require_none(model)
+    if variant_of(config).is_around_modules:
+        assert isinstance(config, LoRAConfig)
         _check_start(model, config, str(directory / CONFIG))
         _say_what_is_missing(model, config, str(directory / CONFIG))
-        with torch.random.fork_rng(devices=[]):
-            insert_adapter(model, config)
+    with torch.random.fork_rng(devices=[]):
+        insert_adapter(model, config)
     try:
         _load_tensors(model, tensors, str(directory / TENSORS), resized)
     except AdapterError:
@@ -174,7 +174,7 @@ def _insert(
 def _say_what_is_missing(model: nn.Module, config: LoRAConfig, where: str) -> None:
     """One line for the names that PEFT passes over, and one where its file says too little."""
     lines = missing_targets(model, config)
-    lines += missing_patterns(config, list(find_targets(model, config)))
+    lines += config.unmatched_patterns(list(find_targets(model, config)))
     if lines:
         log.warning("%s: passed over, as in PEFT: %s", where, "; ".join(lines))
     if config.init_lora_weights == "lora_ga":
@@ -200,10 +200,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], plain: bool | N
         AdapterError: there is no adapter, it is not finite, or it has not the form that was asked.
         EnvironmentProblem: the disk is full or refuses; what was there before is intact.
     """
-    config: LoRAConfig | PromptTuningConfig = stated_config(model)
-    if isinstance(config, PromptTuningConfig):
+    config = stated_config(model)
+    if not variant_of(config).is_around_modules:
         tensors = adapter_tensors(model)
     else:
+        assert isinstance(config, LoRAConfig)
         config, tensors = _in_form(model, config, plain)
         config = dataclasses.replace(config, fan_in_fan_out=_fan_in_fan_out(model, config))
         if not is_language_model(model) and config.task_type is None:
@@ -238,7 +239,7 @@ def _auto_mapping(model: nn.Module) -> dict[str, str]:
 
 def _stored_name(name: str, layer: AdapterLayer, below: str) -> str:
     """PEFT's name for the tensor `below` of the layer of that path."""
-    return below if isinstance(layer, PromptTuning) else f"{PREFIX}{name}.{below}"
+    return f"{PREFIX}{name}.{below}" if layer.has_path else below
 
 
 def _in_form(
@@ -253,13 +254,15 @@ def _in_form(
     if plain is None and lost is not None:
         log.warning("saving as a plain LoRA of rank 2r: %s", lost)
         plain = True
-    if config.loftq_config.get("loftq_format", "nf4") != "nf4":
-        log.warning("PEFT knows no loftq_format and will quantize this base to plain NF4")
+    say = variant_of(config).saving
+    note = say(config) if say is not None else None
+    if note is not None:
+        log.warning("%s", note)
     tensors = adapter_tensors(model)
-    if not plain or not (config.starts_inside or config.init_lora_weights == "loftq"):
+    if not plain or not any(layer.moves_base for layer in layers.values()):
         return config, tensors
     for name, layer in layers.items():
-        for below, tensor in plain_tensors(layer).items():
+        for below, tensor in layer.plain_tensors().items():
             tensors[f"{PREFIX}{name}.{below}"] = tensor
     return plain_form(config), tensors
 
@@ -298,11 +301,12 @@ def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str, resize
 
 def _fan_in_fan_out(model: nn.Module, config: LoRAConfig) -> bool:
     """PEFT's word for GPT-2's Conv1D: what the last of the adapted Linears is."""
-    layers = adapter_layers(model).items()
+    layers = adapter_layers(model)
+    rows = rows_of(layers)
     linears = [
         name
-        for name, layer in layers
-        if not isinstance(layer, TokenRows) and not isinstance(layer.base_layer, nn.Embedding)
+        for name, layer in layers.items()
+        if name not in rows and not isinstance(layer.base_layer, nn.Embedding)
     ]
     if not linears:
         return config.fan_in_fan_out

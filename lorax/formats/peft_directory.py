@@ -8,15 +8,15 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from lorax.adapters.adalora import AdaLoRAConfig
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.config_keys import default_of
-from lorax.adapters.prompt import PromptTuningConfig
+from lorax.adapters.config_keys import AdapterConfig, default_of
+from lorax.adapters.variants import needed_of_file
 from lorax.errors import AdapterError, FormatError, require
 from lorax.formats import fingerprint
 from lorax.formats.adapter_card import CARD, card, may_write
@@ -27,12 +27,10 @@ from lorax.formats.safetensors_files import write_file
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-CONFIGS: dict[str, type[LoRAConfig] | type[PromptTuningConfig]] = {
-    kind.peft_type: kind for kind in (LoRAConfig, AdaLoRAConfig, PromptTuningConfig)
-}
 
-# The keys that every file has; all others only where they are not at rest. PEFT 0.10, vLLM and
-# others stop at a key that they do not know, so a plain LoRA must have none that is younger.
+# Of LoRA's keys, those that every file has; the others only where they are not the default. PEFT
+# 0.10, vLLM and others stop at a key that they do not know, so a plain LoRA must have none that is
+# younger. What a variant has of its own is always there.
 _ALWAYS = {
     "base_model_name_or_path",
     "bias",
@@ -85,7 +83,7 @@ def is_adapter(directory: Path) -> bool:
 
 def read_adapter_config(
     path: str | os.PathLike[str],
-) -> tuple[LoRAConfig | PromptTuningConfig, str | None]:
+) -> tuple[AdapterConfig, str | None]:
     """The config of an adapter directory, and the base model that it names.
 
     Raises:
@@ -93,20 +91,16 @@ def read_adapter_config(
     """
     file = find_adapter(path) / CONFIG
     values = read_json(file)
-    kind = CONFIGS.get(str(values.get("peft_type")))
-    if kind is None:
-        raise AdapterError(
-            f"{file}: peft_type {values.get('peft_type')!r}; lorax reads {', '.join(CONFIGS)}"
-        )
-    if kind is not PromptTuningConfig:
-        _check_types(values, file)
+    kind = needed_of_file(values, str(file)).config
+    assert kind is not None
+    _check_types(kind, values, file)
     base = values.get("base_model_name_or_path")
     return kind.from_dict(values, str(file)), base if isinstance(base, str) else None
 
 
 def write_peft_directory(
     path: str | os.PathLike[str],
-    config: LoRAConfig | PromptTuningConfig,
+    config: AdapterConfig,
     tensors: dict[str, Tensor],
     base: str | None,
     mark: str | None = None,
@@ -130,64 +124,42 @@ def write_peft_directory(
             (directory / CARD).write_text(card(config, base, values["task_type"]), encoding="utf-8")
 
 
-def _peft_config(config: LoRAConfig | PromptTuningConfig, base: str | None) -> dict[str, Any]:
+def _peft_config(config: AdapterConfig, base: str | None) -> dict[str, Any]:
     """adapter_config.json's content, in PEFT's order."""
-    values: dict[str, Any] = dataclasses.asdict(config)
-    at_rest = {each.name: default_of(each) for each in dataclasses.fields(config)}
-    always = _ALWAYS
-    if not isinstance(config, LoRAConfig):
-        always = set(values)
-        if config.prompt_tuning_init == "TEXT":  # PEFT does not read the file without a name
-            values["tokenizer_name_or_path"] = config.tokenizer_name_or_path or base or "unknown"
-    elif isinstance(config, AdaLoRAConfig):
-        always = _ALWAYS | (set(values) - {f.name for f in dataclasses.fields(LoRAConfig)})
-    values = {key: v for key, v in values.items() if key in always or v != at_rest[key]}
+    written: Any = config.for_file(base)
+    values: dict[str, Any] = dataclasses.asdict(written)
+    defaults = {each.name: default_of(each) for each in dataclasses.fields(written)}
+    always = _ALWAYS | (set(values) - {each.name for each in dataclasses.fields(LoRAConfig)})
+    values = {key: v for key, v in values.items() if key in always or v != defaults[key]}
     for key in ("peft_version", "runtime_config"):
         values.pop(key, None)
     stated = (values.get(key) for key in ("task_type", "auto_mapping"))
     task = values.get("task_type") if any(stated) else "CAUSAL_LM"
     values |= {"base_model_name_or_path": base, "inference_mode": True}
-    values |= {"peft_type": config.peft_type, "task_type": task}
+    values |= {"peft_type": written.peft_type, "task_type": task}
     return dict(sorted(values.items()))
 
 
-def _check_types(values: dict[str, Any], file: Path) -> None:
-    """A value of an impossible type is the file's fault and says so."""
-    names = list | str | None
-    kinds: dict[str, Any] = {
-        "task_type": str,
-        "target_modules": names,
-        "exclude_modules": names,
-        "rank_pattern": dict | None,
-        "alpha_pattern": dict | None,
-        "lora_dropout": int | float,
-        "use_rslora": bool,
-        "fan_in_fan_out": bool,
-        "init_lora_weights": bool | str,
-        "bias": str,
-        "layers_to_transform": list | int | None,
-        "layers_pattern": names,
-        "use_dora": bool,
-        "lora_bias": bool,
-        "modules_to_save": list | None,
-        "trainable_token_indices": list | dict | None,
-        "ensure_weight_tying": bool,
-        "loftq_config": dict | None,
-        "target_r": int,
-        "init_r": int,
-        "tinit": int,
-        "tfinal": int,
-        "deltaT": int,
-        "beta1": int | float,
-        "beta2": int | float,
-        "orth_reg_weight": int | float,
-        "total_step": int | None,
-    }
-    for key, kind in kinds.items():
-        if values.get(key) is not None and not isinstance(values[key], kind):
-            raise FormatError(f"{file}: {key} = {values[key]!r} has the wrong type")
-        if isinstance(values.get(key), list):
-            numbers = ("layers_to_transform", "trainable_token_indices")
-            inner = int if key in numbers else str
-            if not all(isinstance(item, inner) for item in values[key]):
-                raise FormatError(f"{file}: {key} = {values[key]!r} has an entry of the wrong type")
+def _check_types(kind: type[AdapterConfig], values: dict[str, Any], file: Path) -> None:
+    """A value of another type than the config's field is the file's fault and says so."""
+    hints, described = get_type_hints(kind), dataclasses.fields(kind)  # type: ignore[arg-type]
+    for key in (field.name for field in described):
+        value = values.get(key)
+        if value is not None and not _fits(value, hints[key]):
+            raise FormatError(f"{file}: {key} = {value!r} has the wrong type")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of that annotation; numbers are the config's own to judge."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if hint in (int, float):
+        return not isinstance(value, str | list | dict)
+    if origin in (UnionType, Union):
+        return any(_fits(value, each) for each in inside)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inside[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inside[1]) for item in value.values())
+    return isinstance(value, hint)

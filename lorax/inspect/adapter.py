@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from lorax.adapters.algebra import Adapter, Size, sizes
+from lorax.adapters.arithmetic import Adapter, Size, sizes
 from lorax.errors import AdapterError
 from lorax.formats.adapter_data import read_adapter
 

@@ -35,6 +35,7 @@ from lorax.adapters.inject import (
     require_adapter,
 )
 from lorax.adapters.merge import gained_biases
+from lorax.adapters.variants import of_file
 from lorax.data.docstrings import HELD_OUT_MODULES, QUESTION, pairs
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
@@ -302,11 +303,10 @@ def _refuse_what_is_not_merged(place: Place, path: str) -> None:
             f"{path}: no {CONFIG} there; expected an adapter's directory (a model that was "
             "fine-tuned in full has none)"
         )
-    kind = read_json(place.adapter / CONFIG).get("peft_type")
-    if kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+    variant = of_file(read_json(place.adapter / CONFIG))
+    if variant is not None and variant.no_merge:
         raise AdapterError(
-            f"{place.adapter / CONFIG}: peft_type {kind}: a prompt changes no weight, so there is "
-            "nothing to merge; keep it as an adapter"
+            f"{place.adapter / CONFIG}: peft_type {variant.peft_type}: {variant.no_merge}"
         )
 
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lorax.adapters.inject import adapter_config, adapter_layers
+from lorax.adapters.variants import of_file
 from lorax.errors import (
     AdapterError,
     EnvironmentProblem,
@@ -97,7 +98,7 @@ def verify(
     Raises:
         UsageError: an option that does not exist, no base, or a text of less than two tokens.
         EnvironmentProblem: peft, transformers or bitsandbytes is not installed.
-        AdapterError: a tuned prompt.
+        AdapterError: a variant that cannot be compared.
         FormatError: a file is missing or damaged. An adapter that is only refused, because it has
             a tensor too many or one that is not finite, gives a report that does not hold.
     """
@@ -373,8 +374,9 @@ def _adapter_directory(path: str | os.PathLike[str]) -> Path:
     directory = needed_adapter(path)
     if not (directory / TENSORS).is_file():
         raise FormatError(f"{directory}: no {TENSORS}; expected a PEFT adapter directory")
-    if read_json(directory / CONFIG).get("peft_type") == "PROMPT_TUNING":
-        raise AdapterError(f"{directory}: a tuned prompt; verify covers adapters that have weights")
+    variant = of_file(read_json(directory / CONFIG))
+    if variant is not None and variant.no_verify:
+        raise AdapterError(f"{directory}: {variant.no_verify}")
     return directory
 
 
@@ -408,10 +410,11 @@ def _tensor_in(message: str) -> tuple[str, str]:
 def _edited_module(model: Model, adapter: Path) -> str:
     """The first module whose rank or scale was another in the settings that were saved."""
     config, mark = adapter_config(model), read_metadata(adapter / TENSORS)[KEY]
-    then = parse(mark, str(adapter))["adapter"]["settings"]
+    found = parse(mark, str(adapter))
     known = {f.name for f in fields(config)}
-    try:
-        saved = replace(config, **{key: value for key, value in then.items() if key in known})
+    then = {k: v for k, v in found["adapter"]["settings"].items() if k in known}
+    try:  # format 1 had some settings, later ones have all that are not the default
+        saved = replace(config, **then) if found.get("format") == 1 else type(config)(**then)
     except (AdapterError, TypeError):  # whatever somebody wrote there
         return ""
     for name in adapter_layers(model):

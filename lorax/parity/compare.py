@@ -132,8 +132,8 @@ class _Comparison:
     def _of_base(
         self, path: str, one: Named, other: Named, packed: tuple[Named, Named]
     ) -> Iterator[Check]:
-        inside = self.config.starts_inside or self.config.init_lora_weights == "loftq"
-        decomposed = inside and self._adapted(path)
+        layer = self.mine.layers.get(path)
+        decomposed = layer is not None and layer.moves_base
         for part in one:
             if part not in other and self._is_trained(path, part):
                 continue  # where it stands, and compared as the adapter's

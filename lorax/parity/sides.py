@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorax.adapters.inject import adapter_layers
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import merged_layer
-from lorax.adapters.replaced import replaced_parameters
+from lorax.adapters.modules_to_save import replaced_parameters
 from lorax.formats.huggingface import as_stored
 from lorax.formats.peft import adapter_tensors
 from lorax.formats.peft_directory import PREFIX
@@ -201,7 +201,7 @@ class LoraxSide(Side):
         return found
 
     def scaling(self, path: str) -> float | None:
-        """LoRALinear's and its kin's."""
+        """The layer's `scaling`; None if the variant has none."""
         layer = self.layers.get(path)
         found = getattr(layer, "scaling", None)  # not every variant has one
         return float(found) if isinstance(found, int | float) else None

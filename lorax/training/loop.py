@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,7 @@ from lorax.formats.peft import load_adapter
 from lorax.models import Model
 from lorax.training.checkpoint import clear_litter, newest_checkpoint, rotate, write_checkpoint
 from lorax.training.evaluate import evaluate
+from lorax.training.hooks import HookFactory, StepHook
 from lorax.training.loss import summed_loss
 from lorax.training.methods import model_dtype, save_result
 from lorax.training.metrics import Line, MetricsFile, draw_loss, read_metrics
@@ -89,7 +91,11 @@ class Listener:
 
 
 def train(
-    recipe: Recipe | str | Path, listener: Listener | None = None, *, resume: bool = False
+    recipe: Recipe | str | Path,
+    listener: Listener | None = None,
+    *,
+    resume: bool = False,
+    hooks: Sequence[HookFactory | StepHook] = (),
 ) -> Run:
     """Run a recipe (a `Recipe`, or the path of a TOML file).
 
@@ -98,6 +104,8 @@ def train(
         resume: go on from the newest complete checkpoint in train.output_dir, bit for bit as if
             the run had never stopped; from the start if there is none. A finished run stays as it
             is, and is loaded.
+        hooks: what is added to each optimizer step, beside the recipe's train.hooks: StepHooks, or
+            functions (or classes) that make one of the model.
 
     Raises:
         RecipeError, FormatError, DataError, AdapterError: before anything is written.
@@ -113,7 +121,7 @@ def train(
     if resume and run.is_finished:
         return _load_finished(recipe, run, listener)
     torch.manual_seed(recipe.train.seed)
-    model, tokenizer, plan = prepare(recipe)
+    model, tokenizer, plan = prepare(recipe, hooks)
     listener.planned(plan)
     run.begin(recipe, resume)
     try:
@@ -347,7 +355,7 @@ def _load_finished(recipe: Recipe, run: RunDirectory, listener: Listener) -> Run
     listener.said(f"{run.path} is finished; it stays as it is")
     settings = recipe.model
     tokenizer = load_tokenizer(settings.path, revision=settings.revision)
-    if recipe.adapter.method == "full":
+    if recipe.variant.trains_base:
         model = load_model(run.result, model_dtype(recipe), settings.device)
     else:
         model = load_model(

@@ -5,14 +5,14 @@ Both count with the same functions, so that a dry run says what the run then doe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lorax.adapters.adalora_config import AdaLoRAConfig
 from lorax.adapters.inject import count_parameters, embedding_weight
-from lorax.adapters.prompt_config import PromptTuningConfig
+from lorax.adapters.variants import UNKNOWN_STEPS
 from lorax.data.batches import epoch_order
 from lorax.data.examples import Example, Examples, load_examples
 from lorax.data.kinds import find_kind, rename
@@ -22,7 +22,8 @@ from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import RecipeError
 from lorax.formats.huggingface import load_model, load_tokenizer
 from lorax.models import Model
-from lorax.training.methods import StepHook, model_dtype, set_up
+from lorax.training.hooks import HookFactory, StepHook
+from lorax.training.methods import model_dtype, set_up
 from lorax.training.recipe import Recipe
 from lorax.training.run_directory import RunDirectory
 from lorax.training.schedule import total_steps
@@ -44,7 +45,9 @@ class Plan:
     hook: StepHook
 
 
-def prepare(recipe: Recipe) -> tuple[Model, Tokenizer, Plan]:
+def prepare(
+    recipe: Recipe, hooks: Sequence[HookFactory | StepHook] = ()
+) -> tuple[Model, Tokenizer, Plan]:
     """Load data and model, make trainable what the method trains, and count."""
     settings = recipe.model
     tokenizer = load_tokenizer(settings.path, revision=settings.revision)
@@ -57,7 +60,7 @@ def prepare(recipe: Recipe) -> tuple[Model, Tokenizer, Plan]:
         revision=settings.revision,
     )
     steps = total_steps(recipe, len(train_rows))
-    hook = set_up(model, tokenizer, recipe, steps)
+    hook = set_up(model, tokenizer, recipe, steps, list(hooks))
     _check_fit(model, [*train_rows, *eval_rows])
     for row in (*train_rows, *eval_rows):
         check_vocabulary(row.ids, embedding_weight(model).shape[0], tokenizer)
@@ -142,21 +145,8 @@ def _describe_data(path: Path, rows: list[Row] | None, apart: int, steps: int | 
 
 def _describe_method(recipe: Recipe, steps: int | None) -> str:
     """What is trained, and what the run leaves."""
-    config = recipe.adapter_config(steps or 2**62)
-    output = recipe.train.output_dir
-    if config is None:
-        return f"# every weight is trained, in float32; the run leaves {output}/model\n"
-    if isinstance(config, PromptTuningConfig):
-        what = f"{config.num_virtual_tokens} virtual tokens in front of each row"
-    elif isinstance(config, AdaLoRAConfig):
-        last = config.last_allocation if steps else f"the last but {config.tfinal}"
-        what = (
-            f"AdaLoRA: from rank {config.init_r} to {config.target_r} on average, "
-            f"in steps {config.tinit + 1} to {last}"
-        )
-    else:
-        what = f"LoRA of rank {config.r}"
-    return f"# {what}; the run leaves {output}/adapter\n"
+    what = recipe.variant.summary(recipe.adapter_config(steps or UNKNOWN_STEPS))
+    return f"# {what}; the run leaves {RunDirectory(recipe).result}\n"
 
 
 def _describe_model(recipe: Recipe) -> str:

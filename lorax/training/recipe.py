@@ -1,7 +1,8 @@
 """The recipe: what a run is, as a TOML file and as a checked object.
 
     [model]    which model, in which numbers
-    [adapter]  method = "lora" | "adalora" | "prompt-tuning" | "full", and that method's fields
+    plugins    Python files that register a method, a codebook, a model; beside the recipe
+    [adapter]  method = "lora", or another that is registered, and that method's fields
     [data]     which rows, and how long
     [train]    how long, how fast, where to
 
@@ -17,21 +18,30 @@ import dataclasses
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+)
 from pydantic_core import PydanticCustomError
 
-from lorax.adapters.adalora_config import AdaLoRAConfig
-from lorax.adapters.config import LoRAConfig
-from lorax.adapters.config_keys import KEPT
-from lorax.adapters.prompt_config import PromptTuningConfig
+from lorax.adapters.config_keys import KEPT, AdapterConfig
+from lorax.adapters.variants import UNKNOWN_STEPS, Variant, methods
 from lorax.data.kinds import Column
 from lorax.errors import AdapterError, RecipeError, require
+from lorax.plugins import load_plugin
 from lorax.quant import names
+from lorax.training.hooks import check_hooks
 
 
 class Section(BaseModel):
@@ -133,6 +143,9 @@ class TrainSection(Section):
     early_stopping_patience: int = Field(
         0, ge=0, description="Stop after so many evaluations without a lower loss; 0: never."
     )
+    hooks: list[str] = Field(
+        default_factory=list, description="Step hooks that plugins register, by name, in order."
+    )
     nan_policy: Literal["stop", "skip", "rollback"] = Field(
         "stop",
         description="At a loss or gradient that is not finite: end the run, leave the step out, or "
@@ -141,28 +154,18 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="Of rows, initialization and dropout.")
 
 
-# What a method's config has that a recipe does not say: the run or the model does, or the method
-# has no use for it.
-_NOT_IN_RECIPES = {
-    AdaLoRAConfig: {
-        "r", "total_step", "rank_pattern",
-        "alpha_pattern", "loftq_config", "lora_bias", "use_dora", "use_rslora",
-    },
-    PromptTuningConfig: {
-        "tokenizer_name_or_path", "tokenizer_kwargs",
-        "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
-    },
-}  # fmt: skip
-_CONFIGS: dict[str, type[LoRAConfig] | type[PromptTuningConfig]] = {
-    "lora": LoRAConfig,
-    "adalora": AdaLoRAConfig,
-    "prompt-tuning": PromptTuningConfig,
-}
+class AdapterSection(Section):
+    """[adapter]: the method, and in the method's own table the fields of its config."""
+
+    method: str
 
 
-def _fields(config: Any) -> dict[str, Any]:
-    """A config's fields as pydantic takes them: name -> (type, default)."""
-    types, left_out = get_type_hints(config), {*_NOT_IN_RECIPES.get(config, ()), *KEPT}
+def _fields(variant: Variant) -> dict[str, Any]:
+    """The config's fields as pydantic takes them: name -> (type, default)."""
+    config: Any = variant.config
+    if config is None:
+        return {}
+    types, left_out = get_type_hints(config), variant.not_in_recipes | KEPT
     fields = {}
     for field in dataclasses.fields(config):
         default = field.default
@@ -176,14 +179,36 @@ def _fields(config: Any) -> dict[str, Any]:
     return fields
 
 
-def _section(method: str) -> Any:
-    fields = _fields(_CONFIGS[method]) if method in _CONFIGS else {}
-    return create_model(method, __base__=Section, method=(Literal[method], method), **fields)  # type: ignore
+@cache
+def _table_of(variant: Variant) -> Any:
+    fields: dict[str, Any] = {"method": (Literal[variant.name], variant.name), **_fields(variant)}
+    return create_model(variant.name, __base__=AdapterSection, **fields)
 
 
-# [adapter]: one table for each method, with the fields of its config; "full" has none.
-_SECTIONS: dict[str, Any] = {method: _section(method) for method in (*_CONFIGS, "full")}
-AdapterSection: Any = Annotated[Union[tuple(_SECTIONS.values())], Field(discriminator="method")]  # noqa: UP007 - made at run time
+def adapter_tables() -> dict[str, Any]:
+    """The table that [adapter] is for each method that is registered now."""
+    return {name: _table_of(variant) for name, variant in methods().items()}
+
+
+def _as_adapter(value: Any) -> Any:
+    """An [adapter] table as the section of its method.
+
+    Raises:
+        RecipeError: no such method, or a key or value that it does not take.
+    """
+    if not isinstance(value, dict):
+        return value
+    tables, method = adapter_tables(), value.get("method", "lora")
+    if not isinstance(method, str) or method not in tables:
+        raise RecipeError(
+            f"adapter.method = {repr(method)[:80]}: expected one of {', '.join(tables)}, or a "
+            "plugin that registers it (plugins = [FILE])"
+        )
+    try:
+        return tables[method].model_validate(value)
+    except ValidationError as error:
+        raise RecipeError(_describe(error, method)) from None
+
 
 # Keys whose feature is not there yet: the values that are accepted, and what the feature is.
 _NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -194,18 +219,32 @@ _NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
 class Recipe(Section):
     """A checked recipe. Build it with `Recipe.load` or `Recipe.from_dict`."""
 
+    plugins: list[LocalPath] = Field(
+        default_factory=list,
+        description="Python files that are executed first: they register variants and the like.",
+    )
     model: ModelSection
-    adapter: AdapterSection = Field(default_factory=_SECTIONS["lora"])
+    adapter: SerializeAsAny[AdapterSection] = Field(default_factory=lambda: _as_adapter({}))
     data: DataSection
     train: TrainSection
 
     @staticmethod
-    def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    def load(
+        path: str | Path,
+        overrides: Mapping[str, Any] | None = None,
+        plugins: Sequence[str | Path] = (),
+        *,
+        run_plugins: bool = True,
+    ) -> Recipe:
         """Read a TOML file; `overrides` are {"train.learning_rate": 1e-4, ...}.
+
+        Args:
+            plugins: Python files beside those that the recipe names; all are executed once.
+            run_plugins: False executes none, for a recipe that nobody asked for.
 
         Raises:
             EnvironmentProblem: no such file. RecipeError: no TOML, an unknown key, an impossible
-                value, or a feature that is not there.
+                value, or a feature that is not there. PluginError: a plugin fails.
         """
         path = require(path)
         try:
@@ -214,50 +253,64 @@ class Recipe(Section):
             raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:  # a number of 5000 digits, deep brackets
             raise RecipeError(f"{path}: not valid TOML ({error})") from None
-        return Recipe.from_dict(values, overrides, where=str(path))
+        named = _plugins_of(values, path.parent) + _plugins_of({"plugins": list(plugins)}, Path())
+        if named:
+            values["plugins"] = list(dict.fromkeys(named))
+        return Recipe.from_dict(values, overrides, where=str(path), run_plugins=run_plugins)
 
     @staticmethod
     def from_dict(
         values: Mapping[str, Any],
         overrides: Mapping[str, Any] | None = None,
         where: str = "recipe",
+        *,
+        run_plugins: bool = True,
     ) -> Recipe:
         """Check a recipe that is given as nested dictionaries; see `load`."""
         merged = copy.deepcopy(dict(values))
         for key, value in (overrides or {}).items():
             _set(merged, key, value)
-        if isinstance(merged.get("adapter"), dict):
-            merged["adapter"].setdefault("method", "lora")
+        named = _plugins_of(merged, Path())
+        if named:
+            merged["plugins"] = named
+        for plugin in named if run_plugins else ():
+            load_plugin(plugin)
         try:
+            if "adapter" in merged:
+                merged["adapter"] = _as_adapter(merged["adapter"])
             recipe = Recipe.model_validate(merged)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
         except ValidationError as error:
             raise RecipeError(f"{where}: {_describe(error)}") from None
         recipe._refuse_missing_features(where)
         recipe._check_sense(where)
         return recipe
 
-    def adapter_config(self, total_steps: int) -> LoRAConfig | PromptTuningConfig | None:
+    @property
+    def variant(self) -> Variant:
+        """What [adapter] asks for, of those that are registered."""
+        return methods()[self.adapter.method]
+
+    def adapter_config(self, total_steps: int) -> AdapterConfig | None:
         """The [adapter] table as its method's config, for a run of so many optimizer steps.
 
         Returns:
-            None where the method is "full": no adapter.
+            None where the method has no adapter.
 
         Raises:
             RecipeError: a value is impossible, or does not go with that many steps.
         """
-        values = dict(self.adapter)
-        config = _CONFIGS.get(values.pop("method"))
-        if config is None:
+        values, variant = dict(self.adapter), self.variant
+        del values["method"]
+        if variant.config is None:
             return None
-        if config is AdaLoRAConfig:
-            values["total_step"] = total_steps
         try:
-            made = config(**values)
-            if isinstance(made, AdaLoRAConfig):
-                made.check_that_ranks_fall()
+            if variant.from_recipe is not None:
+                return variant.from_recipe(values, total_steps)
+            return variant.config(**values)
         except AdapterError as error:
             raise RecipeError(f"adapter: {error}") from None
-        return made
 
     def to_toml(self) -> str:
         """The recipe with every default written out; reading it gives the same recipe."""
@@ -275,12 +328,18 @@ class Recipe(Section):
 
     def _check_sense(self, where: str) -> None:
         try:  # the run's length is known once its rows are; until then let there be time enough
-            self.adapter_config(self.train.max_steps or 2**62)
+            self.adapter_config(self.train.max_steps or UNKNOWN_STEPS)
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
-        if self.adapter.method == "full":
-            self._check_full(where)
-        if self.adapter.method in ("full", "prompt-tuning") and self.train.lora_plus_ratio:
+        try:
+            check_hooks(self.train.hooks)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
+        refuses = self.variant.refuses
+        reason = refuses(self) if refuses is not None else None
+        if reason is not None:
+            raise RecipeError(f"{where}: {reason}")
+        if not self.variant.has_b and self.train.lora_plus_ratio:
             raise RecipeError(
                 f"{where}: train.lora_plus_ratio goes with LoRA's A and B; "
                 f"adapter.method = {self.adapter.method!r} has none"
@@ -297,33 +356,16 @@ class Recipe(Section):
                 f"{where}: train.early_stopping_patience needs rows to evaluate on; give "
                 "data.eval_fraction or data.eval_path, and train.eval_steps"
             )
-        if self.adapter.method == "adalora":
-            self._check_adalora(where)
         if self.data.eval_path and self.data.eval_fraction:
             raise RecipeError(f"{where}: give data.eval_path or data.eval_fraction, not both")
 
-    def _check_adalora(self, where: str) -> None:
-        """AdaLoRA's ranks settle by the step's number, up to the last one."""
-        for key, refused in (("early_stopping_patience", True), ("nan_policy", "rollback")):
-            value = getattr(self.train, key)
-            if value == refused or (refused is True and value):
-                raise RecipeError(
-                    f"{where}: train.{key} = {value!r}: AdaLoRA's ranks settle with the step's "
-                    "number, which that would leave behind; leave it out"
-                )
 
-    def _check_full(self, where: str) -> None:
-        """Full fine-tuning moves the weights themselves, by less than 16 bits can hold."""
-        if self.model.quantization is not None:
-            raise RecipeError(
-                f"{where}: model.quantization = {self.model.quantization!r}: a quantized weight is "
-                "frozen; adapter.method = 'full' trains every weight, so leave it out"
-            )
-        if self.model.dtype == "bfloat16":
-            raise RecipeError(
-                f"{where}: model.dtype = 'bfloat16': its 8 bits lose a step that is 0.4 % of a "
-                "weight or less; adapter.method = 'full' trains in float32 ('auto' means that)"
-            )
+def _plugins_of(values: Mapping[str, Any], folder: Path) -> list[str]:
+    """The plugins that a recipe names, whole; a path is relative to `folder`."""
+    named = values.get("plugins", [])
+    if not isinstance(named, list) or not all(isinstance(name, str | Path) for name in named):
+        raise RecipeError(f"plugins = {named!r}: expected a list of Python files")
+    return [str((folder / Path(name).expanduser()).absolute()) for name in named]
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -335,21 +377,22 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _describe(error: ValidationError) -> str:
-    """One thing that is wrong, in one line; an unknown key first, with its nearest neighbour."""
+def _describe(error: ValidationError, method: str | None = None) -> str:
+    """One thing that is wrong, in one line; an unknown key first, with its nearest neighbour.
+
+    method: where the error is one of that method's [adapter].
+    """
     errors = error.errors()
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     place = [str(part) for part in first["loc"]]
-    method = None
-    if place[0] == "adapter" and len(place) > 1:  # pydantic names the method's table too
-        method = place.pop(1)
+    if method is not None:
+        place = ["adapter", *place]
     key = ".".join(place)
-    if first["type"] == "union_tag_invalid":
-        value = repr(first["input"]["method"])[:80]
-        return f"adapter.method = {value}: expected one of {', '.join(_SECTIONS)}"
     if first["type"] == "extra_forbidden":
         known = _keys(place[:-1], method)
-        others = [name for name, section in _SECTIONS.items() if place[-1] in section.model_fields]
+        others = [
+            name for name, table in adapter_tables().items() if place[-1] in table.model_fields
+        ]
         if method is not None and others:
             takes = ", ".join(sorted(set(known) - {"method"})) or "nothing else"
             return (
@@ -367,9 +410,7 @@ def _describe(error: ValidationError) -> str:
 
 
 def _keys(place: list[str], method: str | None) -> list[str]:
-    if method is not None:
-        return list(_SECTIONS[method].model_fields)
-    section: Any = Recipe
-    for part in place:
+    section: Any = Recipe if method is None else adapter_tables()[method]
+    for part in place if method is None else ():
         section = section.model_fields[part].annotation
     return list(section.model_fields)

@@ -40,7 +40,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.picture = self.path / "loss.png"
         self.checkpoints = self.path / "checkpoints"
-        self.result = self.path / ("model" if recipe.adapter.method == "full" else "adapter")
+        self.result = self.path / ("model" if recipe.variant.trains_base else "adapter")
         self._lock: int | None = None
 
     @property
@@ -113,7 +113,7 @@ class RunDirectory:
         self._lock = handle
 
     def _check_recipe(self, recipe: Recipe) -> None:
-        then = _flat(Recipe.load(self.config).model_dump())
+        then = _flat(Recipe.load(self.config, run_plugins=False).model_dump())
         now = _flat(recipe.model_dump())
         changed = [
             f"{key} is {now.get(key)!r}, was {then.get(key)!r}"

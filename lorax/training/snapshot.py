@@ -37,7 +37,7 @@ from lorax.formats.peft import save_adapter
 from lorax.formats.safetensors_files import read_file, write_file
 from lorax.models import Model
 from lorax.optim import AdamW
-from lorax.training.methods import StepHook
+from lorax.training.hooks import StepHook
 
 FORMAT = 1
 

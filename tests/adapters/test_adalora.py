@@ -18,9 +18,9 @@ from tiny_runs import recipe
 from transformers import AutoModelForCausalLM
 
 import lorax
-from lorax.adapters.adalora import AdaLoRALinear
+from lorax.adapters.adalora.allocator import RankAllocator, fold_into_lora
+from lorax.adapters.adalora.layer import AdaLoRALinear
 from lorax.adapters.inject import adapter_config, adapter_layers
-from lorax.adapters.rank_allocator import RankAllocator, fold_into_lora
 from lorax.errors import AdapterError, FormatError, RecipeError
 from lorax.training.loss import summed_loss
 

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import lorax
 from lorax.adapters.inject import adapter_layers, count_parameters
+from lorax.adapters.loftq import LoftQLinear
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.merge import merged_layer
-from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
+from lorax.adapters.pissa import ResidualLoRALinear
 from lorax.errors import AdapterError
 from lorax.quant.linear import QuantizedLinear
 

@@ -15,7 +15,7 @@ from tiny_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 import lorax
-from lorax.adapters.prompt import prompt_layer
+from lorax.adapters.prompt.layer import prompt_layer
 from lorax.errors import AdapterError, FormatError, RecipeError, UsageError
 from lorax.inference.generate import stream
 from lorax.training.loss import summed_loss

@@ -161,9 +161,10 @@ def test_what_an_adapter_says_and_that_peft_reads_past_it(base, adapter, tmp_pat
     assert found["base"]["sha256"] == fingerprint.files_digest(base)
     assert found["base"]["path"] == str(base)
     assert found["base"]["config"]["hidden_size"] == 48
-    assert found["adapter"]["settings"] == {
-        "r": 4, "lora_alpha": 8.0, "use_rslora": False, "rank_pattern": {},
-        "alpha_pattern": {"layers.1.*": 5.0},
+    assert found["format"] == 2
+    assert found["adapter"]["settings"] == {  # what is not the default
+        "peft_type": "LORA", "r": 4, "target_modules": ["q_proj"],
+        "alpha_pattern": {"layers.1.*": 5},
     }  # fmt: skip
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     mine = lorax.load_model(base)
@@ -192,7 +193,7 @@ def test_a_model_without_files_says_so_and_keeps_the_adapter_s_own_digest(base, 
     assert len(found["adapter"]["sha256"]) == 64
     lorax.load_adapter(lorax.load_model(base), path)
     edit_config(path, lora_alpha=9)
-    refused(base, path, "lora_alpha is 9.0, was 8.0")
+    refused(base, path, "lora_alpha is 9, was 8")
 
 
 def test_a_merged_model_is_not_its_files_any_more(base, adapter, tmp_path, caplog):
@@ -237,19 +238,119 @@ def test_another_quantization_is_a_warning(base, adapter, caplog):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"lora_alpha": 16}, "lora_alpha is 16.0, was 8.0"),
+        ({"lora_alpha": 16}, "lora_alpha is 16, was 8"),
         ({"use_rslora": True}, "use_rslora is True, was False"),
         ({"alpha_pattern": {}}, "alpha_pattern"),
         ({"alpha_pattern": {"layers.1.*": 6}}, "alpha_pattern"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"r": 5}, "r is 5, was 4"),
+        ({"lora_dropout": 0.1}, r"lora_dropout is 0\.1, was 0"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', was True"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "target_modules"),
+        ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices is \[1, 2\], was None"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "use_dora is True, was False"),
+        ({"bias": "all"}, "bias is 'all', was 'none'"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ],
 )
 def test_an_edited_config_is_refused_by_the_field(changes, word, base, adapter):
     edit_config(adapter, **changes)
     refused(base, adapter, word)
-    if changes.get("r") is None:
+    if "alpha" in word or "rank" in word or "rslora" in word:  # the tensors still fit
         lorax.load_adapter(lorax.load_model(base), adapter, check_adapter=False)
+
+
+START = {"pissa": "olora", "olora": "pissa", "loftq": True}
+
+
+@pytest.mark.parametrize("how", START)
+def test_another_start_of_an_adapter_inside_the_weight_is_refused(how, base, tmp_path):
+    model = lorax.load_model(base)
+    lorax.add_adapter(model, lorax.LoRAConfig(target_modules=["q_proj"], init_lora_weights=how))
+    lorax.save_adapter(model, tmp_path / "adapter")
+    lorax.load_adapter(lorax.load_model(base), tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", init_lora_weights=START[how])
+    refused(base, tmp_path / "adapter", f"init_lora_weights is {START[how]!r}, was {how!r}")
+
+
+def test_loftq_s_rounds_and_the_rows_are_settings_too(base, tmp_path):
+    model = lorax.load_model(base)
+    loftq = {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}}
+    lorax.add_adapter(model, lorax.LoRAConfig(target_modules=["q_proj"], **loftq))
+    lorax.save_adapter(model, tmp_path / "loftq")
+    edit_config(tmp_path / "loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})
+    refused(base, tmp_path / "loftq", "loftq_config is .*1.*, was .*2")
+    model, rows = lorax.load_model(base), tmp_path / "rows"
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
+    lorax.add_adapter(model, lorax.LoRAConfig(**settings))
+    lorax.save_adapter(model, rows)
+    edit_config(rows, trainable_token_indices=[5, 3])
+    refused(base, rows, r"trainable_token_indices is \[5, 3\], was \[3, 5\]")
+
+
+def test_a_prompt_s_settings_count_too(base, tmp_path):
+    model = lorax.load_model(base)
+    lorax.add_adapter(model, lorax.PromptTuningConfig(4))
+    lorax.save_adapter(model, tmp_path / "prompt")
+    lorax.load_adapter(lorax.load_model(base), tmp_path / "prompt")
+    edit_config(tmp_path / "prompt", prompt_tuning_init="SAMPLE_VOCAB")
+    refused(base, tmp_path / "prompt", "prompt_tuning_init is 'SAMPLE_VOCAB', was 'RANDOM'")
+
+
+def test_what_only_describes_may_be_edited(base, adapter):
+    edit_config(adapter, task_type="FEATURE_EXTRACTION", base_model_name_or_path="elsewhere",
+                revision="main", inference_mode=False)  # fmt: skip
+    lorax.load_adapter(lorax.load_model(base), adapter)
+
+
+def test_a_default_that_is_written_out_or_left_out_is_the_same(base, adapter):
+    """A key that one version writes and another does not know is the default on both sides."""
+    edit_config(adapter, use_dora=False, loftq_config={}, exclude_modules=None)
+    values = json.loads((adapter / CONFIG).read_text())
+    del values["bias"], values["lora_dropout"]
+    (adapter / CONFIG).write_text(json.dumps(values))
+    lorax.load_adapter(lorax.load_model(base), adapter)
+
+
+def in_format_1(adapter, **changes):
+    """Write the fingerprint as lorax's first format had it: five settings, alphas as floats."""
+    values = json.loads((adapter / CONFIG).read_text())
+    settings = {
+        "r": values["r"],
+        "lora_alpha": float(values["lora_alpha"]),
+        "use_rslora": values.get("use_rslora", False),
+        "rank_pattern": values.get("rank_pattern", {}),
+        "alpha_pattern": {k: float(v) for k, v in values.get("alpha_pattern", {}).items()},
+    }
+
+    def change(tensors, metadata):
+        found = json.loads(metadata[fingerprint.KEY])
+        digest = fingerprint.adapter_digest(tensors, settings)
+        found |= {"format": 1, "adapter": {**found["adapter"], "settings": settings}}
+        found["adapter"]["sha256"] = digest
+        metadata[fingerprint.KEY] = json.dumps(found)
+
+    rewrite(adapter, change)
+    edit_config(adapter, **changes)
+
+
+def test_the_first_format_is_read_and_checked_as_it_was(base, adapter):
+    in_format_1(adapter)
+    lorax.load_adapter(lorax.load_model(base), adapter)
+    edit_config(adapter, lora_alpha=9)
+    refused(base, adapter, r"lora_alpha is 9\.0, was 8\.0")
+
+
+def test_the_first_format_says_nothing_of_other_settings(base, adapter):
+    in_format_1(adapter, lora_dropout=0.1)
+    lorax.load_adapter(lorax.load_model(base), adapter)
+
+    def change(tensors, _):
+        next(iter(tensors.values())).view(torch.int32).view(-1)[3] ^= 1
+
+    rewrite(adapter, change)
+    refused(base, adapter, "tensors are not those that were saved")
 
 
 def test_one_changed_bit_of_a_tensor_is_refused(base, adapter):
@@ -277,7 +378,7 @@ def test_a_damaged_fingerprint_is_a_format_error(text, base, adapter):
 
 
 def test_a_later_form_is_not_checked_and_says_so(base, adapter, caplog):
-    rewrite(adapter, lambda _, metadata: metadata.update({fingerprint.KEY: '{"format": 2}'}))
+    rewrite(adapter, lambda _, metadata: metadata.update({fingerprint.KEY: '{"format": 3}'}))
     lorax.load_adapter(lorax.load_model(base), adapter)
     assert "not checked" in caplog.text
 

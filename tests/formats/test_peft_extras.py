@@ -18,7 +18,7 @@ import lorax
 from lorax import backend as switch
 from lorax.adapters.inject import adapter_layers, count_parameters
 from lorax.adapters.lora import LoRALinear
-from lorax.adapters.replaced import replaced_parameters
+from lorax.adapters.modules_to_save import replaced_parameters
 from lorax.errors import AdapterError, FormatError
 from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.quant.linear import QuantizedLinear

@@ -11,7 +11,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from tiny_tokenizer import CHATML, byte_tokenizer
 
 import lorax
-from lorax.adapters.adalora import AdaLoRAConfig, AdaLoRALinear
+from lorax.adapters.adalora.layer import AdaLoRAConfig, AdaLoRALinear
 from lorax.adapters.inject import adapter_config, adapter_layers
 from lorax.formats.tokenizer_files import write_tokenizer
 

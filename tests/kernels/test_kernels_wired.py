@@ -9,8 +9,9 @@ from kernel_testing import DEVICE  # first: it makes lorax.kernels importable on
 from torch import nn
 
 import lorax
+from lorax.adapters.loftq import LoftQLinear
 from lorax.adapters.lora import LoRALinear
-from lorax.adapters.started import LoftQLinear, ResidualLoRALinear
+from lorax.adapters.pissa import ResidualLoRALinear
 from lorax.backend import backend
 from lorax.quant.linear import QuantizedLinear
 from lorax.training.loss import head_loss

@@ -14,7 +14,7 @@ from oracles import gpt2, llama, peft_model, tokens
 from peft import PeftModel
 
 import lorax
-from lorax.adapters.algebra import Adapter, LowRank, angle, cosine, inner, norm, sizes
+from lorax.adapters.arithmetic import Adapter, LowRank, angle, cosine, inner, norm, sizes
 from lorax.adapters.inject import adapter_layers
 from lorax.errors import AdapterError
 

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.adalora import AdaLoRALinear
-from lorax.adapters.adalora_config import AdaLoRAConfig
+from lorax.adapters.adalora.config import AdaLoRAConfig
+from lorax.adapters.adalora.layer import AdaLoRALinear
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.inject import adapter_config, require_adapter
 from lorax.adapters.layer import AdapterLayer

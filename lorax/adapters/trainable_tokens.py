@@ -34,6 +34,8 @@ class TokenRows(AdapterLayer):
         tied_to: the embedding's rows, where this is the head that is tied to it.
     """
 
+    file_base = "token_adapter.base_layer"
+
     def __init__(self, base: nn.Module, indices: list[int], tied_to: TokenRows | None = None):
         super().__init__(base)
         assert isinstance(base.weight, Tensor)
@@ -134,9 +136,14 @@ def put_rows(model: nn.Module, found: dict[str, tuple[list[int], bool]]) -> None
         setattr(model.get_submodule(parent), child, layer.train(module.training))
 
 
+def rows_of(layers: Mapping[str, AdapterLayer]) -> dict[str, TokenRows]:
+    """Those of the layers that are single rows."""
+    return {n: layer for n, layer in layers.items() if isinstance(layer, TokenRows)}
+
+
 def tie_merged(layers: Mapping[str, AdapterLayer], merged: dict[str, nn.Module]) -> None:
     """Let a merged head that follows the embedding's rows be the merged embedding again."""
-    rows = {n: layer for n, layer in layers.items() if isinstance(layer, TokenRows)}
+    rows = rows_of(layers)
     for name, layer in rows.items():
         for other, leader in rows.items():
             if layer.is_tied and not leader.is_tied and layer.rows is leader.rows:

@@ -1,13 +1,14 @@
-"""PromptTuningConfig: PEFT's names, defaults and meaning. No torch, as in adalora_config.py."""
+"""PromptTuningConfig: PEFT's names, defaults and meaning. No torch, as in adalora/config.py."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from lorax.adapters.config_keys import check_unknown
+from lorax.adapters.config_keys import AdapterConfig, check_unknown
+from lorax.adapters.variants import Variant, register_variant
 from lorax.errors import AdapterError
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
@@ -15,7 +16,7 @@ MAX_VIRTUAL_TOKENS = 2**20  # beyond any model's positions; a stranger's config 
 
 
 @dataclass(frozen=True)
-class PromptTuningConfig:
+class PromptTuningConfig(AdapterConfig):
     """How many virtual tokens stand in front of the text, and how they start.
 
     num_virtual_tokens: how many virtual tokens.
@@ -66,8 +67,15 @@ class PromptTuningConfig:
                 "decoders, which have 1"
             )
 
+    def for_file(self, base: str | None) -> Self:
+        """PEFT does not read the file of a prompt that starts as a text without a tokenizer."""
+        if self.prompt_tuning_init != "TEXT":
+            return self
+        name = self.tokenizer_name_or_path or base or "unknown"
+        return dataclasses.replace(self, tokenizer_name_or_path=name)
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "adapter") -> PromptTuningConfig:
+    def from_dict(cls, values: Mapping[str, Any], where: str = "adapter") -> Self:
         """Build from PEFT's keys, as adapter_config.json holds them.
 
         Raises:
@@ -91,3 +99,29 @@ class PromptTuningConfig:
         if "num_virtual_tokens" not in values:
             raise AdapterError(f"{where}: num_virtual_tokens is missing")
         return cls(**{key: value for key, value in values.items() if key in known})
+
+
+register_variant(
+    Variant(
+        "prompt-tuning",
+        PromptTuningConfig,
+        title="Prompt tuning",
+        summary=lambda config: f"{config.num_virtual_tokens} virtual tokens in front of each row",
+        not_in_recipes=frozenset(
+            {
+                "tokenizer_name_or_path",
+                "tokenizer_kwargs",
+                "token_dim",
+                "num_layers",
+                "num_attention_heads",
+                "num_transformer_submodules",
+            }
+        ),
+        has_b=False,
+        add="lorax.adapters.prompt.layer:add_prompt",
+        insert="lorax.adapters.prompt.layer:insert_prompt",
+        no_merge="a prompt changes no weight, so there is nothing to merge; keep it as an adapter",
+        no_verify="a tuned prompt; verify covers adapters that have weights",
+        no_matrix="is PROMPT_TUNING; expected a LoRA",
+    )
+)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from lorax.adapters.config import LoRAConfig
+from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.inject import adapter_config, require_adapter
-from lorax.adapters.lora import LoRALinear
-from lorax.adapters.started import LoftQLinear
+from lorax.adapters.variants import variant_of
 from lorax.errors import AdapterError
 from lorax.models.gpt2 import GPT2
 
@@ -121,13 +121,10 @@ class Adapter:
         check_low_rank(config, "the model's adapter")
         layers = {}
         for name, layer in found.items():
-            if isinstance(layer, LoftQLinear):
-                raise AdapterError(f"{name}: LoftQ's base is another one; convert_to_lora(model)")
-            if not isinstance(layer, LoRALinear):
-                raise AdapterError(f"{name} is a {type(layer).__name__}; expected LoRA on Linears")
-            with torch.no_grad():
-                A, B = (factor.detach().clone() for factor in layer.factors())
-            layers[name] = LowRank(A, B, layer.scaling)
+            try:
+                layers[name] = LowRank(*layer.low_rank())
+            except AdapterError as error:
+                raise AdapterError(f"{name} {error}") from None
         config = dataclasses.replace(config, fan_in_fan_out=isinstance(model, GPT2))
         return Adapter(layers, getattr(model, "name_or_path", "") or None, config)
 
@@ -247,18 +244,17 @@ def sizes(adapter: Adapter, against: Adapter | None = None) -> Iterator[Size]:
     yield _size("all", ranks, torch.cat(everything), adapter, against)
 
 
-def check_low_rank(config: LoRAConfig, where: str) -> None:
+def check_low_rank(config: AdapterConfig, where: str) -> None:
     """Refuse a config whose adapter is more than a low-rank matrix beside the weight.
 
     Raises:
         AdapterError: with the field.
     """
+    variant = variant_of(config)
+    if variant.no_matrix:
+        raise AdapterError(f"{where} {variant.no_matrix}")
     plain = LoRAConfig()
-    if config.peft_type != plain.peft_type:
-        raise AdapterError(
-            f"{where} is {config.peft_type}; expected LORA, which fold_into_lora(model) makes of it"
-        )
-    for key in ("use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices"):
+    for key in ("bias", "modules_to_save", "trainable_token_indices"):
         value = getattr(config, key)
         if value != getattr(plain, key):
             raise AdapterError(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorax.adapters.layer import AdapterLayer
-from lorax.adapters.prompt_config import PromptTuningConfig as PromptTuningConfig
+from lorax.adapters.prompt.config import PromptTuningConfig as PromptTuningConfig
 from lorax.errors import AdapterError
 from lorax.models.gpt2 import GPT2
 from lorax.models.prefix import Prefix
@@ -42,6 +42,8 @@ class PromptTuning(AdapterLayer):
         width: the model's, C.
         device: the model's.
     """
+
+    has_path = False
 
     def __init__(self, base: nn.Module, places: int, width: int, device: torch.device):
         super().__init__(base)

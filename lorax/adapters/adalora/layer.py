@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.adalora_config import AdaLoRAConfig as AdaLoRAConfig
+from lorax.adapters.adalora.config import AdaLoRAConfig as AdaLoRAConfig
 from lorax.adapters.lora import LoRALinear
 
 

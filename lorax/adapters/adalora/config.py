@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from lorax.adapters.config import LoRAConfig, check_rank
+from lorax.adapters.variants import UNKNOWN_STEPS, Variant, register_variant
 from lorax.errors import AdapterError
 
-# Options of LoRA that PEFT's AdaLoRA refuses or passes over without a word, and their rest.
+# Options of LoRA that PEFT's AdaLoRA refuses or passes over without a word, and their defaults.
 _NOT_FOR_ADALORA: dict[str, Any] = {
     "alpha_pattern": {},
     "loftq_config": {},
@@ -85,6 +87,13 @@ class AdaLoRAConfig(LoRAConfig):
         """lora_alpha / (init_r + 1e-5), for every layer."""
         return self.lora_alpha / (self.init_r + 1e-5)
 
+    def unmatched_patterns(self, targets: Collection[str]) -> list[str]:
+        """A line for each key of rank_pattern that belongs to none of these paths."""
+        strangers = set(self.rank_pattern or ()) - {f"{name}.lora_E" for name in targets}
+        return [
+            f"rank_pattern: {name!r} belongs to no adapted module" for name in sorted(strangers)
+        ]
+
     def budget(self, step: int, layers: int) -> int:
         """How many ranks all layers may keep together after `step` (from 1): a cubic fall."""
         first, last = self.init_r * layers, self.target_r * layers
@@ -140,3 +149,46 @@ class AdaLoRAConfig(LoRAConfig):
                 f"tinit {self.tinit} and tfinal {self.tfinal} leave none of {self.total_step} "
                 "steps for the ranks to fall in; lower them or train longer"
             )
+
+
+def _summary(config: AdaLoRAConfig) -> str:
+    known = config.total_step != UNKNOWN_STEPS
+    last = config.last_allocation if known else f"the last but {config.tfinal}"
+    return (
+        f"AdaLoRA: from rank {config.init_r} to {config.target_r} on average, "
+        f"in steps {config.tinit + 1} to {last}"
+    )
+
+
+def _from_recipe(values: dict[str, Any], steps: int) -> AdaLoRAConfig:
+    config = AdaLoRAConfig(**values, total_step=steps)
+    config.check_that_ranks_fall()
+    return config
+
+
+def _refuses(recipe: Any) -> str | None:
+    """The ranks settle by the step's number, up to the last one."""
+    refused = {"early_stopping_patience": recipe.train.early_stopping_patience > 0}
+    refused["nan_policy"] = recipe.train.nan_policy == "rollback"
+    for key in (key for key, is_set in refused.items() if is_set):
+        return (
+            f"train.{key} = {getattr(recipe.train, key)!r}: AdaLoRA's ranks settle with the step's "
+            "number, which that would leave behind; leave it out"
+        )
+    return None
+
+
+register_variant(
+    Variant(
+        "adalora",
+        AdaLoRAConfig,
+        title="AdaLoRA",
+        summary=_summary,
+        layer="lorax.adapters.adalora.layer:AdaLoRALinear",
+        not_in_recipes=frozenset({"r", "total_step", "rank_pattern", *_NOT_FOR_ADALORA}),
+        from_recipe=_from_recipe,
+        refuses=_refuses,
+        hook="lorax.training.methods:AdaLoRAHook",
+        no_matrix="is ADALORA; expected LORA, which fold_into_lora(model) makes of it",
+    )
+)

@@ -1,0 +1,1 @@
+"""Prompt tuning: its config, and the virtual tokens that stand in a model's prefix."""
