@@ -22,12 +22,12 @@ from cyclopts import App
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from lorax.adapters.variants import methods
 from lorax.cli import app
 from lorax.quant import names
 from lorax.training import recipe
 
 PAGES = Path(__file__).parent
-METHODS = ("lora", "adalora", "prompt-tuning", "full")
 NOTE = "<!-- made by docs/generate.py: edit the code, then run it -->"
 
 
@@ -37,6 +37,8 @@ NOTE = "<!-- made by docs/generate.py: edit the code, then run it -->"
 def recipe_page() -> str:
     """Every key of a recipe, section by section, and of [adapter] method by method."""
     parts = [NOTE, RECIPE_HEAD]
+    plugins = {"plugins": recipe.Recipe.model_fields["plugins"]}
+    parts.append(section_table("Above the tables", plugins, {}))
     for name, section in (("model", recipe.ModelSection), ("data", recipe.DataSection)):
         parts.append(section_table(f"`[{name}]`", section.model_fields, {}))
     parts += adapter_tables()
@@ -62,7 +64,7 @@ one with every default. A default of "-" is a key that is left out."""
 def adapter_tables() -> Iterator[str]:
     """A table for each method of [adapter]; those of LoRA's keys that others share stand once."""
     shared = type(checked("lora").adapter).model_fields
-    for method in METHODS:
+    for method in methods():
         made = checked(method)
         fields = {k: f for k, f in type(made.adapter).model_fields.items() if k != "method"}
         head = f'`[adapter]` with `method = "{method}"`'
@@ -148,7 +150,7 @@ def type_name(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_name(each) for each in inner if each is not type(None))
     if origin is list:
-        return f"list of {TOML_NAMES[inner[0]]}s"
+        return f"list of {type_name(inner[0])}s"
     if origin is dict:
         return "table"
     return TOML_NAMES.get(kind, getattr(kind, "__name__", str(kind)))
@@ -182,7 +184,8 @@ def cli_page() -> str:
 CLI_HEAD = """# The commands
 
 `python -m lorax` is the same program. Results go to stdout, notes to stderr; `--json` prints one
-object where a program may read. NO_COLOR is kept.
+object where a program may read. NO_COLOR is kept. Every command takes `--plugin FILE.py`: your own
+file, executed first, which registers variants, codebooks and models.
 
 | exit code | meaning |
 |---|---|

@@ -82,11 +82,11 @@ def main() -> None:
         named = {name: _at_home(value) for name, value in given.kwargs.items()}
         command(*map(_at_home, given.args), **named)
     except (CycloptsError, LoraxError) as error:
-        err.line(error, "error: ")
+        err.say_line(error, "error: ")
         sys.exit(error.exit_code if isinstance(error, LoraxError) else UsageError.exit_code)
     except KeyboardInterrupt as interrupt:
         line = ": ".join(["interrupted", *map(str, interrupt.args)])
-        err.line(line)
+        err.say_line(line)
         sys.exit(getattr(interrupt, "exit_code", 130))
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()

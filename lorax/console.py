@@ -26,7 +26,7 @@ class PlainConsole(Console):
         """rich turns every string into a `Text` here."""
         return super().render_str(visible(text, keep="\n\t"), **options)
 
-    def line(self, text: object, label: str = "") -> None:
+    def say_line(self, text: object, label: str = "") -> None:
         """Print one line that is not wrapped, a label in red before it."""
         self.print(Text.assemble((label, "bold red"), one_line(text)), soft_wrap=True)
 
@@ -40,4 +40,4 @@ class ConsoleLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record's message."""
-        self._console.line(record.getMessage())
+        self._console.say_line(record.getMessage())

@@ -150,6 +150,9 @@ class TrainSection(Section):
     early_stopping_patience: int = Field(
         0, ge=0, description="Stop after so many evaluations without a lower loss; 0: never."
     )
+    hooks: list[str] = Field(
+        default_factory=list, description="Step hooks that plugins register, by name, in order."
+    )
     nan_policy: Literal["stop", "skip", "rollback"] = Field(
         "stop",
         description="At a loss or gradient that is not finite: end the run, leave the step out, or "
@@ -229,7 +232,10 @@ _NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
 class Recipe(Section):
     """A checked recipe. Build it with `Recipe.load` or `Recipe.from_dict`."""
 
-    plugins: list[LocalPath] = Field(default_factory=list)
+    plugins: list[LocalPath] = Field(
+        default_factory=list,
+        description="Python files that are executed first: they register variants and the like.",
+    )
     model: ModelSection
     adapter: SerializeAsAny[AdapterSection] = Field(default_factory=lambda: _as_adapter({}))
     data: DataSection

@@ -1,0 +1,81 @@
+"""README's blocks that add a variant and a model do what they say, against transformers."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from tiny_runs import folder  # noqa: F401 - a fixture
+
+import lorax
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def block_with(call):
+    found = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if call in b]
+    assert len(found) == 1
+    return "import lorax\n" + found[0]
+
+
+def test_the_variant_trains_from_a_recipe_and_merges(folder, tmp_path):  # noqa: F811
+    (tmp_path / "mine.py").write_text(block_with("register_variant"))
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+        [model]
+        path = "{folder / "model"}"
+        [adapter]
+        method = "unit-rows"
+        r = 4
+        target_modules = "all-linear"
+        [data]
+        path = "{folder / "rows.jsonl"}"
+        [train]
+        output_dir = "{tmp_path / "run"}"
+        max_steps = 2
+        """
+    )
+    for words in (["train", "recipe.toml"], ["merge", "run", "merged"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "lorax", *words, "--plugin", "mine.py"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "UNIT_ROWS"
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    before = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    ids = torch.arange(1, 9)[None]
+    assert not torch.equal(again(ids).logits, before(ids).logits)
+
+
+def test_the_model_against_transformers(tmp_path):
+    exec(block_with("register_model"), {})  # noqa: S102 - README's own lines
+    torch.manual_seed(0)
+    config = transformers.SeedOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
+    theirs = transformers.SeedOssForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path / "model")
+    ours = lorax.load_model(tmp_path / "model")
+    ids = torch.arange(20)[None]
+    expected = theirs(ids).logits
+    assert (ours(ids) - expected).abs().max() <= 1e-5
+    lorax.save_model(ours, tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert (again(ids).logits - expected).abs().max() <= 1e-5
