@@ -142,7 +142,7 @@ def _peft_config(config: AdapterConfig, base: str | None) -> dict[str, Any]:
 
 def _check_types(kind: type[AdapterConfig], values: dict[str, Any], file: Path) -> None:
     """A value of another type than the config's field is the file's fault and says so."""
-    hints, described = get_type_hints(kind), dataclasses.fields(kind)  # type: ignore[arg-type]
+    hints, described = get_type_hints(kind), dataclasses.fields(kind)
     for key in (field.name for field in described):
         value = values.get(key)
         if value is not None and not _fits(value, hints[key]):
