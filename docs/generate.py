@@ -158,6 +158,8 @@ def type_name(kind: Any) -> str:
 
 def default_of(field: FieldInfo) -> str:
     """A field's default as TOML would have it; a dash where the key is left out."""
+    if field.default_factory is not None and field.default_factory_takes_validated_data:
+        return "see there"  # it follows from other keys
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return "required"

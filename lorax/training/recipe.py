@@ -158,9 +158,6 @@ class TrainSection(Section):
         description="At a loss or gradient that is not finite: end the run, leave the step out, or "
         "go back to the last checkpoint as well.",
     )
-    hooks: list[str] = Field(
-        default_factory=list, description="Step hooks by name, as plugins register them."
-    )
     seed: int = Field(0, ge=0, lt=2**32, description="Of rows, initialization and dropout.")
     digests: bool = Field(
         False, description="Leave a digest of each step, for `lorax inspect diff` of two runs."
