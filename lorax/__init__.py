@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from lorax.adapters.arithmetic import Adapter as Adapter
     from lorax.adapters.config import LoRAConfig as LoRAConfig
     from lorax.adapters.convert import convert_to_lora as convert_to_lora
+    from lorax.adapters.counting import print_trainable_parameters as print_trainable_parameters
     from lorax.adapters.inject import add_adapter as add_adapter
     from lorax.adapters.inject import disabled_adapter as disabled_adapter
-    from lorax.adapters.inject import print_trainable_parameters as print_trainable_parameters
     from lorax.adapters.merge import merge_adapter as merge_adapter
     from lorax.adapters.merge import unload_adapter as unload_adapter
     from lorax.adapters.merge import unmerge_adapter as unmerge_adapter
@@ -66,7 +66,7 @@ _HOME = {
     "load_plugin": "lorax.plugins",
     "load_tokenizer": "lorax.formats.huggingface",
     "merge_adapter": "lorax.adapters.merge",
-    "print_trainable_parameters": "lorax.adapters.inject",
+    "print_trainable_parameters": "lorax.adapters.counting",
     "quantize": "lorax.quant.quantize",
     "read_adapter": "lorax.formats.adapter_data",
     "register_codebook": "lorax.quant.register",

@@ -225,7 +225,7 @@ def evaluate(
     data
         A jsonl, json or csv file, of any kind that training takes.
     """
-    from lorax.adapters.inject import embedding_weight
+    from lorax.adapters.tables import embedding_weight
     from lorax.data.examples import load_examples
     from lorax.data.vocabulary import check_vocabulary
     from lorax.quant.quantize import stored_format

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from lorax.adapters.inject import disabled_adapter, embedding_weight
+from lorax.adapters.inject import disabled_adapter
 from lorax.adapters.merge import merge_adapter, unmerge_adapter
+from lorax.adapters.tables import embedding_weight
 from lorax.console import PlainConsole
 from lorax.data.batches import pad
 from lorax.data.docstrings import write_pairs

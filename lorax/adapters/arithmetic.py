@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.attached import adapter_config, require_adapter
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.config_keys import AdapterConfig
-from lorax.adapters.inject import adapter_config, require_adapter
 from lorax.adapters.variants import variant_of
 from lorax.errors import AdapterError
 from lorax.models.model import Model

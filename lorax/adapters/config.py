@@ -9,25 +9,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from lorax.adapters.config_keys import NOT_COVERED, PeftKeywords, check_unknown, log
-from lorax.adapters.matching import (
-    check_expression,
-    is_plain,
-    matches_end,
-    matches_module,
-    matches_whole,
-    number_behind,
-)
-from lorax.adapters.variants import Variant, register_variant
+from lorax.adapters.config_keys import NOT_COVERED, PeftKeywords, check_unknown
+from lorax.adapters.matching import matches_end, matches_module, matches_whole, number_behind
 from lorax.errors import AdapterError
 
-# What PEFT adapts where target_modules is not given, by model type.
-
 NITER = re.compile(r"pissa_niter_(\d{1,3})")  # PiSSA by a randomized SVD
-
-MAX_RANK = 2**16  # above any layer's width; a stranger's config may ask for anything
-MAX_LOFTQ_ITERATIONS = 100  # each decomposes every weight; LoftQ's authors take 5
-MAX_EXPRESSIONS = 1000  # in one config
 
 # How A and B may have started where nothing of it is left once they are trained: PEFT leaves the
 # base alone. lorax loads such adapters and starts none.
@@ -93,35 +79,15 @@ class LoRAConfig(PeftKeywords):
     loftq_config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.init_lora_weights is None:  # PEFT draws both then
-            object.__setattr__(self, "init_lora_weights", False)
-        self._settle_keywords()
-        for key in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, key)
-            if value is not None and not isinstance(value, str | list):
-                object.__setattr__(self, key, sorted(value))  # PEFT's users pass sets and tuples
-        check_rank("r", self.r)
-        _check_alpha("lora_alpha", self.lora_alpha)
-        self._check_rank_pattern()
-        for name, alpha in self.alpha_pattern.items():
-            _check_alpha(f"alpha_pattern[{name!r}]", alpha)
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise AdapterError(f"lora_dropout is {self.lora_dropout}; expected 0 <= p < 1")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise AdapterError(f"bias is {self.bias!r}; expected none, all or lora_only")
-        _check_names("modules_to_save", self.modules_to_save)
-        _check_indices(self.trainable_token_indices)
-        self._check_start()
-        self._check_loftq()
-        how = self.init_lora_weights
-        if self.use_dora and (how == "loftq" or self.starts_inside):
-            raise AdapterError(f"use_dora with init_lora_weights = {how!r} is not covered by lorax")
-        if self.lora_bias and (self.use_dora or not isinstance(how, bool)):
-            other = "use_dora" if self.use_dora else f"init_lora_weights = {how!r}"
-            raise AdapterError(f"lora_bias and {other}: PEFT does not define the two together")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise AdapterError("layers_to_transform goes with target_modules as a list of names")
-        self._compile_patterns()
+        from lorax.adapters.config_checks import check_config
+
+        check_config(self)
+
+    def check_rank_pattern(self) -> None:
+        """Refuse a rank that is none; AdaLoRA's rank_pattern holds masks."""
+        from lorax.adapters.config_checks import check_ranks
+
+        check_ranks(self.rank_pattern)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "adapter") -> Self:
@@ -193,22 +159,6 @@ class LoRAConfig(PeftKeywords):
                     lines.append(f"{key}: {pattern!r} (for {value}) matches no adapted module")
         return lines
 
-    def _check_rank_pattern(self) -> None:
-        for name, rank in self.rank_pattern.items():
-            check_rank(f"rank_pattern[{name!r}]", rank)
-
-    def _check_start(self) -> None:
-        """Spell init_lora_weights as PEFT understands it; refuse words that it does not have."""
-        how = self.init_lora_weights
-        lower = how.lower() if isinstance(how, str) else how
-        if lower in ("gaussian", "olora", "mica"):  # PEFT takes these in any case
-            object.__setattr__(self, "init_lora_weights", lower)
-        elif not (isinstance(how, bool) or how in ("loftq", *SETTLED, *LOST) or self.starts_inside):
-            raise AdapterError(
-                f"init_lora_weights is {how!r}; lorax covers true, false, 'gaussian', 'pissa', "
-                f"'pissa_niter_K', 'olora' and 'loftq', and loads {', '.join((*SETTLED, *LOST))}"
-            )
-
     def check_start(self) -> None:
         """Refuse a start that only a loaded adapter can have had.
 
@@ -220,27 +170,6 @@ class LoRAConfig(PeftKeywords):
                 f"init_lora_weights = {self.init_lora_weights!r}: lorax loads such an adapter, and "
                 "starts none; take true, 'gaussian', 'pissa', 'olora' or 'loftq'"
             )
-
-    def _check_loftq(self) -> None:
-        """Fill in PEFT's defaults, refuse what is not covered."""
-        if self.init_lora_weights != "loftq":
-            if self.loftq_config:
-                log.warning("loftq_config does nothing without init_lora_weights = 'loftq'")
-                object.__setattr__(self, "loftq_config", {})
-            return
-        stated = self.loftq_config
-        stated = stated if isinstance(stated, dict) else vars(stated)  # PEFT's LoftQConfig
-        config = {"loftq_bits": 4, "loftq_iter": 1, **stated}
-        unknown = sorted(set(config) - {"loftq_bits", "loftq_iter", "loftq_format"})
-        if unknown:
-            raise AdapterError(f"loftq_config: {unknown} unknown; expected loftq_bits, loftq_iter")
-        if config["loftq_bits"] != 4:
-            raise AdapterError(f"loftq_bits is {config['loftq_bits']!r}; lorax covers 4 (NF4)")
-        check_rank("loftq_iter", config["loftq_iter"], MAX_LOFTQ_ITERATIONS)
-        if config.get("loftq_format", "nf4") not in ("nf4", "nf4-dq"):
-            found = config["loftq_format"]
-            raise AdapterError(f"loftq_format is {found!r}; expected 'nf4' or 'nf4-dq'")
-        object.__setattr__(self, "loftq_config", config)
 
     def _layers(self) -> list[int]:
         layers = self.layers_to_transform
@@ -261,111 +190,9 @@ class LoRAConfig(PeftKeywords):
                 return value
         return default
 
-    def _compile_patterns(self) -> None:
-        """A broken expression is an error here, not somewhere in a search."""
-        plain = (self.target_modules, self.exclude_modules)
-        layers = self.layers_pattern or []
-        used = {expression: expression for expression in plain if isinstance(expression, str)}
-        used |= {
-            key: rf"(.*\.)?({key})$" for key in (*(self.rank_pattern or ()), *self.alpha_pattern)
-        }
-        used |= {p: rf".*\.{p}\." for p in ([layers] if isinstance(layers, str) else layers)}
-        used |= {m: rf"(^|.*\.){m}($|\..*)" for m in self.modules_to_save or []}
-        hard = [expression for expression in used if not is_plain(expression)]
-        if len(hard) > MAX_EXPRESSIONS:
-            raise AdapterError(
-                f"{len(hard)} regular expressions; expected at most "
-                f"{MAX_EXPRESSIONS}, or plain names"
-            )
-        for expression in hard:
-            check_expression(expression, used[expression])
-
 
 def _matches(patterns: list[str] | str, name: str) -> bool:
     """A string is an expression for the whole path; a list holds paths or their ends."""
     if isinstance(patterns, str):
         return matches_whole(patterns, name)
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
-
-
-def check_rank(name: str, rank: Any, highest: int = MAX_RANK) -> None:
-    """Refuse what is no whole number from 1 to `highest`."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= highest:
-        raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 to {highest}")
-
-
-def _check_alpha(name: str, alpha: Any) -> None:
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise AdapterError(f"{name} is {alpha!r}; expected a finite number")
-
-
-def _check_names(key: str, names: Any) -> None:
-    if names is None:
-        return
-    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise AdapterError(f"{key} is {names!r}; expected a list of names")
-
-
-def _check_indices(indices: Any) -> None:
-    lists = indices.values() if isinstance(indices, dict) else [indices or []]
-    for rows in lists:
-        whole = isinstance(rows, list) and all(type(row) is int for row in rows)
-        if not whole:
-            raise AdapterError(
-                f"trainable_token_indices has {rows!r}; expected a list of whole numbers"
-            )
-
-
-def _size(config: LoRAConfig) -> str:
-    return f"of rank {config.r}, lora_alpha {config.lora_alpha:g}"
-
-
-def _refuses(recipe: Any) -> str | None:
-    """A word of loaded adapters is none to start with."""
-    how = recipe.adapter.init_lora_weights
-    if how not in (*SETTLED, *LOST):
-        return None
-    return (
-        f"adapter.init_lora_weights = {how!r}: lorax loads such an adapter, and starts none; take "
-        "true, 'gaussian', 'pissa', 'olora' or 'loftq'"
-    )
-
-
-_LINEAR, _TABLE = "lorax.adapters.lora:LoRALinear", "lorax.adapters.embedding:LoRAEmbedding"
-register_variant(
-    Variant(
-        "lora",
-        LoRAConfig,
-        title="LoRA",
-        summary=lambda config: f"LoRA {_size(config)}",
-        layer=_LINEAR,
-        embedding=_TABLE,
-        refuses=_refuses,
-        tags=("lora",),
-    )
-)
-register_variant(
-    Variant(
-        "rslora",
-        LoRAConfig,
-        title="rsLoRA",
-        summary=lambda config: f"rsLoRA {_size(config)} (scaled by alpha / sqrt(r))",
-        layer=_LINEAR,
-        embedding=_TABLE,
-        chosen=lambda config: config.use_rslora,
-        tags=("lora",),
-    )
-)
-register_variant(
-    Variant(
-        "lora_bias",
-        LoRAConfig,
-        title="lora_bias",
-        summary=lambda config: f"LoRA {_size(config)}, B with a bias",
-        layer=_LINEAR,
-        chosen=lambda config: config.lora_bias,
-        tags=("lora",),
-        no_matrix="has lora_bias = True: it is no low-rank matrix alone, and there is no adding or "
-        "comparing it",
-    )
-)

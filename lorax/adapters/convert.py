@@ -18,8 +18,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lorax.adapters.attached import adapter_config, require_adapter
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.inject import adapter_config, require_adapter
 from lorax.adapters.tables import is_tied
 from lorax.errors import AdapterError
 from lorax.models.model import Model

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.inject import require_adapter
+from lorax.adapters.attached import require_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.modules_to_save import forget, put_back, replaced_parameters
 from lorax.adapters.tables import is_language_model

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
+from lorax.adapters.layer import AdapterLayer
 from lorax.models.model import Model
 
 HEAD = "lm_head"
@@ -41,3 +42,11 @@ def head_path(model: nn.Module) -> str | None:
     ask: Any = getattr(model, "get_output_embeddings", None)
     head = ask() if callable(ask) else None
     return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def embedding_weight(model: Model) -> Tensor:
+    """The embedding's own weight (vocab, dim), adapted or not: its dtype is the base's."""
+    module = model.get_submodule(model.embedding_name.removesuffix(".weight"))
+    table = module.base_layer if isinstance(module, AdapterLayer) else module
+    assert isinstance(table, nn.Embedding)
+    return table.weight

@@ -29,7 +29,7 @@ from lorax.adapters.config_keys import AdapterConfig
 from lorax.errors import AdapterError
 
 # lorax's own files that register something; those of the choices import torch.
-_METHODS = ("config", "adalora.config", "prompt.config", "full")
+_METHODS = ("plain", "adalora.config", "prompt.config", "full")
 _CHOICES = ("pissa", "loftq", "dora")
 
 UNKNOWN_STEPS = 2**62  # a run's optimizer steps, for `from_recipe`, while its rows are not known

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.attached import adapter_layers
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.inject import adapter_layers
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.modules_to_save import replaced_parameters
 from lorax.errors import AdapterError

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.config_keys import AdapterConfig
-from lorax.adapters.inject import find_targets
+from lorax.adapters.targets import find_targets
 from lorax.errors import AdapterError
 from lorax.quant.linear import QuantizedLinear
 

@@ -42,8 +42,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.attached import adapter_layers
 from lorax.adapters.config_keys import DESCRIPTIVE, AdapterConfig, default_of
-from lorax.adapters.inject import adapter_layers
 from lorax.adapters.tables import is_language_model
 from lorax.errors import AdapterError, EnvironmentProblem, FormatError, LoraxError
 from lorax.formats.bitsandbytes import QuantizedFiles

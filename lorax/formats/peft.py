@@ -21,22 +21,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.attached import adapter_layers, require_adapter, require_none, stated_config
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.convert import plain_form, start_is_lost
 from lorax.adapters.fit import missing_targets
-from lorax.adapters.inject import (
-    adapter_layers,
-    find_targets,
-    insert_adapter,
-    require_adapter,
-    require_none,
-    stated_config,
-)
+from lorax.adapters.inject import insert_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import unload_adapter
 from lorax.adapters.modules_to_save import put_table, replaced_parameters
 from lorax.adapters.tables import is_language_model
+from lorax.adapters.targets import find_targets
 from lorax.adapters.trainable_tokens import rows_of
 from lorax.adapters.variants import variant_of
 from lorax.errors import AdapterError, FormatError, LoraxError

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lorax.adapters.inject import embedding_weight
+from lorax.adapters.tables import embedding_weight
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import UsageError

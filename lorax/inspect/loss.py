@@ -24,7 +24,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from lorax.adapters.inject import embedding_weight
+from lorax.adapters.tables import embedding_weight
 from lorax.data.batches import IGNORED, MicroBatch, micro_batches, pad, step_batches
 from lorax.data.examples import Example
 from lorax.data.vocabulary import padding_id

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorax.adapters.inject import adapter_layers
+from lorax.adapters.attached import adapter_layers
 from lorax.adapters.merge import unload_adapter
 from lorax.data.tokenizer import Tokenizer
 from lorax.formats.directory import written_directory

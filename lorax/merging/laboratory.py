@@ -28,13 +28,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.inject import (
-    adapter_layers,
-    disabled_adapter,
-    embedding_weight,
-    require_adapter,
-)
+from lorax.adapters.attached import adapter_layers, require_adapter
+from lorax.adapters.inject import disabled_adapter
 from lorax.adapters.merge import gained_biases
+from lorax.adapters.tables import embedding_weight
 from lorax.adapters.variants import of_file
 from lorax.data.docstrings import HELD_OUT_MODULES, QUESTION, pairs
 from lorax.data.tokenizer import Tokenizer

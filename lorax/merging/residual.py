@@ -18,8 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.attached import adapter_layers
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.inject import adapter_layers, add_adapter
+from lorax.adapters.inject import add_adapter
 
 EXACT_SIZE = 256  # up to here the whole SVD is a matter of milliseconds
 OVERSAMPLING = 8

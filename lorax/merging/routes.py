@@ -32,7 +32,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.inject import adapter_layers, require_adapter
+from lorax.adapters.attached import adapter_layers, require_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import (
     check_finite,

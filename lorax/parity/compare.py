@@ -18,8 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lorax.adapters.attached import adapter_config
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.inject import adapter_config
 from lorax.adapters.matching import matches_end
 from lorax.parity import causes
 from lorax.parity.difference import (

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax.adapters.inject import adapter_layers
+from lorax.adapters.attached import adapter_layers
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import merged_layer
 from lorax.adapters.modules_to_save import replaced_parameters

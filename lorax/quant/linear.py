@@ -46,9 +46,8 @@ class QuantizedLinear(nn.Module):
         self.quantized = weight
         self.dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
-        self.bias: nn.Parameter | None = (
-            None if bias is None else nn.Parameter(bias, requires_grad=False)
-        )
+        frozen = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias: nn.Parameter | None = frozen
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -97,6 +96,5 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and format, for `print(model)`."""
-        size = getattr(self.quantized, "block_size", None)
-        blocks = f", block_size={size}" if size else ""
-        return f"{self.in_features}, {self.out_features}, {self.quantized.format}{blocks}"
+        size = getattr(self.quantized, "block_size", "by row")
+        return f"{self.in_features}, {self.out_features}, {self.quantized.format}, blocks={size}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorax.adapters.inject import embedding_weight
+from lorax.adapters.tables import embedding_weight
 from lorax.data.batches import micro_batches
 from lorax.data.examples import Example
 from lorax.data.vocabulary import padding_id

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.inject import embedding_weight
+from lorax.adapters.tables import embedding_weight
 from lorax.data.batches import micro_batches, step_batches
 from lorax.data.examples import Example
 from lorax.data.tokenizer import Tokenizer

@@ -11,8 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lorax.adapters.adalora.allocator import RankAllocator
+from lorax.adapters.attached import adapter_layers
 from lorax.adapters.full import train_everything
-from lorax.adapters.inject import adapter_layers, add_adapter
+from lorax.adapters.inject import add_adapter
 from lorax.adapters.variants import resolved
 from lorax.data.tokenizer import Tokenizer
 from lorax.formats.huggingface import save_model

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lorax.adapters.inject import count_parameters, embedding_weight
+from lorax.adapters.counting import count_parameters
+from lorax.adapters.tables import embedding_weight
 from lorax.adapters.variants import UNKNOWN_STEPS
 from lorax.data.batches import epoch_order
 from lorax.data.examples import Example, Examples, load_examples

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorax.adapters.inject import adapter_layers
+from lorax.adapters.attached import adapter_layers
 from lorax.data.examples import Example
 from lorax.errors import FormatError, UsageError
 from lorax.formats.disk import Writer

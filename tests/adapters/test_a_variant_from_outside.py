@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import lorax
 from lorax import cli
 from lorax.adapters import variants
-from lorax.adapters.inject import adapter_layers
+from lorax.adapters.attached import adapter_layers
 from lorax.errors import AdapterError
 from lorax.formats.tokenizer_files import write_tokenizer
 

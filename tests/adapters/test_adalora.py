@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import lorax
 from lorax.adapters.adalora.allocator import RankAllocator, fold_into_lora
 from lorax.adapters.adalora.layer import AdaLoRALinear
-from lorax.adapters.inject import adapter_config, adapter_layers
+from lorax.adapters.attached import adapter_config, adapter_layers
 from lorax.errors import AdapterError, FormatError, RecipeError
 from lorax.training.loss import summed_loss
 

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorax
-from lorax.adapters.inject import adapter_layers, count_parameters
+from lorax.adapters.attached import adapter_layers
+from lorax.adapters.counting import count_parameters
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.merge import merged_layer
 from lorax.errors import AdapterError, UsageError

@@ -15,7 +15,7 @@ from peft import PeftModel
 
 import lorax
 from lorax.adapters.arithmetic import Adapter, LowRank, angle, cosine, inner, norm, sizes
-from lorax.adapters.inject import adapter_layers
+from lorax.adapters.attached import adapter_layers
 from lorax.errors import AdapterError
 
 U32 = torch.finfo(torch.float32).eps / 2

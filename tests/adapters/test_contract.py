@@ -12,7 +12,9 @@ from oracles import gpt2, llama
 from torch import nn
 
 import lorax
-from lorax.adapters.inject import adapter_layers, count_parameters, disabled_adapter
+from lorax.adapters.attached import adapter_layers
+from lorax.adapters.counting import count_parameters
+from lorax.adapters.inject import disabled_adapter
 from lorax.adapters.merge import merge_adapter, unmerge_adapter
 from lorax.adapters.variants import resolved, variant_of, variants
 from lorax.errors import AdapterError

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lorax
 from lorax import backend as switch
+from lorax.adapters.attached import adapter_layers
 from lorax.adapters.dora import DoRALinear, RowNorms, _Rescale
-from lorax.adapters.inject import adapter_layers
 from lorax.adapters.merge import merged_layer
 from lorax.errors import AdapterError
 from lorax.quant.linear import QuantizedLinear, dequantize_into_scratch

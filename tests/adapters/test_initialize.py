@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorax
-from lorax.adapters.inject import adapter_layers, count_parameters
+from lorax.adapters.attached import adapter_layers
+from lorax.adapters.counting import count_parameters
 from lorax.adapters.loftq import LoftQLinear
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.merge import merged_layer

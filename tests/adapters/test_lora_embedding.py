@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorax
+from lorax.adapters.attached import adapter_layers
 from lorax.adapters.embedding import LoRAEmbedding
-from lorax.adapters.inject import adapter_layers
 from lorax.errors import AdapterError
 
 FLOAT32 = 1e-5

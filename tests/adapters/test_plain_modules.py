@@ -10,7 +10,7 @@ from peft_pairs import disturb
 from torch import nn
 
 import lorax
-from lorax.adapters.inject import adapter_layers
+from lorax.adapters.attached import adapter_layers
 from lorax.errors import AdapterError
 from lorax.formats.adapter_card import yaml_text
 

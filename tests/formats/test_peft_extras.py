@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import lorax
 from lorax import backend as switch
-from lorax.adapters.inject import adapter_layers, count_parameters
+from lorax.adapters.attached import adapter_layers
+from lorax.adapters.counting import count_parameters
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.modules_to_save import replaced_parameters
 from lorax.errors import AdapterError, FormatError

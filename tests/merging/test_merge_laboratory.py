@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import lorax
 from lorax import cli
-from lorax.adapters.inject import adapter_layers
+from lorax.adapters.attached import adapter_layers
 from lorax.errors import AdapterError, FormatError, UsageError
 from lorax.formats.run_record import read_record
 from lorax.formats.tokenizer_files import write_tokenizer

@@ -17,7 +17,7 @@ from tiny_tokenizer import byte_tokenizer
 
 import lorax
 from lorax import cli
-from lorax.adapters.inject import adapter_layers
+from lorax.adapters.attached import adapter_layers
 from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatError, UsageError
 from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.parity.against_peft import batch, load_peft

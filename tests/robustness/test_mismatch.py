@@ -45,7 +45,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lorax
-from lorax.adapters.inject import adapter_layers
+from lorax.adapters.attached import adapter_layers
 from lorax.errors import AdapterError, FormatError, LoraxError
 from lorax.quant.linear import QuantizedLinear
 

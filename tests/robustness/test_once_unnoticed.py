@@ -15,7 +15,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lorax
-from lorax.adapters.inject import adapter_layers
+from lorax.adapters.attached import adapter_layers
 from lorax.data.batches import epoch_order
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import AdapterError, FormatError, NumericalStop

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from lorax.adapters.adalora.config import AdaLoRAConfig
 from lorax.adapters.adalora.layer import AdaLoRALinear
+from lorax.adapters.attached import adapter_config, require_adapter
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.inject import adapter_config, require_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.errors import AdapterError

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorax.adapters.config import LoRAConfig, check_rank
+from lorax.adapters.config import LoRAConfig
+from lorax.adapters.config_checks import check_rank
 from lorax.adapters.variants import UNKNOWN_STEPS, Variant, register_variant
 from lorax.errors import AdapterError
 
@@ -121,7 +122,8 @@ class AdaLoRAConfig(LoRAConfig):
                 "before one was watched; train longer"
             )
 
-    def _check_rank_pattern(self) -> None:
+    def check_rank_pattern(self) -> None:
+        """Refuse what is no mask."""
         for name, mask in (self.rank_pattern or {}).items():
             booleans = isinstance(mask, list) and all(isinstance(keep, bool) for keep in mask)
             if not booleans or len(mask) != self.init_r or not name.endswith(".lora_E"):
