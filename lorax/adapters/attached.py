@@ -47,6 +47,11 @@ def stated_config(model: nn.Module) -> AdapterConfig:
     return config
 
 
+def attach_config(model: nn.Module, config: AdapterConfig) -> None:
+    """Note which adapter the model has; any nn.Module can have one."""
+    model.__dict__["adapter_config"] = config
+
+
 def around_modules(config: AdapterConfig) -> LoRAConfig:
     """The config of a variant that wraps modules, all of which pick them as LoRA does."""
     assert isinstance(config, LoRAConfig)

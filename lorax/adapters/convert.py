@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lorax.adapters.attached import adapter_config, require_adapter
+from lorax.adapters.attached import adapter_config, attach_config, require_adapter
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.tables import is_tied
 from lorax.errors import AdapterError
@@ -105,4 +105,4 @@ def convert_to_lora(model: nn.Module) -> None:
         plain = layer.plain_layer()
         if plain is not None:  # token rows stay as they are
             replace_module(model, name, plain)
-    model.adapter_config = config  # type: ignore[assignment]
+    attach_config(model, config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lorax.adapters.attached import around_modules, require_adapter, require_none
+from lorax.adapters.attached import around_modules, attach_config, require_adapter, require_none
 from lorax.adapters.config import LOST, SETTLED, LoRAConfig
 from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.fit import check_fit
@@ -71,7 +71,7 @@ def insert_adapter(model: nn.Module, config: AdapterConfig) -> None:
         replace_module(model, name, layer.train(model.training))
     put_rows(model, rows)
     replace_parameters(model, whole)
-    model.adapter_config = config  # type: ignore[assignment]
+    attach_config(model, config)
 
 
 def _started_layers(

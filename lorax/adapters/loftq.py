@@ -98,13 +98,18 @@ class LoftQLinear(LoRALinear):
         self.lora_B.data.copy_(B)
         self.quantized = QuantizedLinear(quantized)
         self.quantized.dtype = weight.dtype
-        self.quantized.bias = self.dense_base().bias  # type: ignore[assignment]
+        self.quantized.bias = self._bias()
+
+    def _bias(self) -> nn.Parameter | None:
+        bias = self.dense_base().bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        return bias
 
     @property
     def frozen(self) -> nn.Module:
         """The quantized copy, with the bias that the base has now (it may be trained)."""
         assert self.quantized is not None
-        self.quantized.bias = self.dense_base().bias  # type: ignore[assignment]
+        self.quantized.bias = self._bias()
         return self.quantized
 
     def frozen_weight(self) -> Tensor:

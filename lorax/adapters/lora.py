@@ -47,8 +47,8 @@ class LoRALinear(AdapterLayer):
         lora_bias: bool = False,
     ):
         super().__init__(base)
-        self.in_features = int(base.in_features)  # type: ignore[arg-type]
-        self.out_features = int(base.out_features)  # type: ignore[arg-type]
+        linear: Any = base
+        self.in_features, self.out_features = int(linear.in_features), int(linear.out_features)
         self.r = r
         self.scaling = scaling
         self.dropout = dropout

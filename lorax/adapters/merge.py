@@ -215,7 +215,9 @@ def rounded_layer(
 ) -> tuple[nn.Module, float]:
     """The layer with `weight` (out, in) rounded to `dtype`, and ||rounded - exact||."""
     module = dense_like(layer.base_layer, weight.to(dtype), layer.effective_bias())
-    return module, frobenius(module.weight.to(exact.dtype) - exact)  # type: ignore[operator]
+    written = module.weight
+    assert isinstance(written, Tensor)
+    return module, frobenius(written.to(exact.dtype) - exact)
 
 
 def comparison_dtype(rounded_to: torch.dtype) -> torch.dtype:

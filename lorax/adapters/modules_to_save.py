@@ -74,7 +74,7 @@ def replace_parameters(model: nn.Module, groups: list[list[str]]) -> None:
     for replacement in replacements:
         replacement.put(model, trained=True)
     if replacements:
-        model._replaced_parameters = replacements  # type: ignore[assignment]
+        model.__dict__["_replaced_parameters"] = replacements
 
 
 def put_table(model: nn.Module, places: list[str], table: Tensor) -> None:
@@ -83,7 +83,7 @@ def put_table(model: nn.Module, places: list[str], table: Tensor) -> None:
     copy = nn.Parameter(table.to(original, copy=True), requires_grad=False)
     replacement = Replacement(places, original, copy, trains=False)
     replacement.put(model, trained=True)
-    model._replaced_parameters = [*replaced_parameters(model), replacement]  # type: ignore
+    model.__dict__["_replaced_parameters"] = [*replaced_parameters(model), replacement]
 
 
 def put_back(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lorax.adapters.adalora.config import AdaLoRAConfig
 from lorax.adapters.adalora.layer import AdaLoRALinear
-from lorax.adapters.attached import adapter_config, require_adapter
+from lorax.adapters.attached import adapter_config, attach_config, require_adapter
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
@@ -130,7 +130,7 @@ class RankAllocator:
             layer.prune(self.masks[name])
         pattern = {f"{name}.lora_E": mask for name, mask in self.masks.items()}
         config = dataclasses.replace(self.config, rank_pattern=pattern)
-        self.model.adapter_config = config  # type: ignore[assignment]
+        attach_config(self.model, config)
 
     def _watch(self) -> None:
         """Move the averages of sensitivity and uncertainty by this step's gradient."""
@@ -211,7 +211,7 @@ def fold_into_lora(model: nn.Module) -> None:
     values |= {"r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": dict(others)}
     values |= {"target_modules": list(ranks), "exclude_modules": None}
     values |= {"layers_to_transform": None, "layers_pattern": None}
-    model.adapter_config = LoRAConfig(**values)  # type: ignore[assignment]
+    attach_config(model, LoRAConfig(**values))
 
 
 def _plain(layer: AdaLoRALinear, kept: Tensor) -> AdapterLayer:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lorax.adapters.attached import attach_config
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.prompt.config import PromptTuningConfig as PromptTuningConfig
 from lorax.errors import AdapterError
@@ -110,7 +111,7 @@ def insert_prompt(model: nn.Module, config: PromptTuningConfig) -> None:
     assert isinstance(base, Prefix)
     layer = PromptTuning(base, config.num_virtual_tokens, config.token_dim, device)
     body.prefix = layer.train(model.training)
-    model.adapter_config = config  # type: ignore[assignment]
+    attach_config(model, config)
 
 
 def prompt_layer(model: nn.Module) -> PromptTuning:
