@@ -43,19 +43,25 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     config = _checked(config, str(directory / CONFIG))
     file = directory / TENSORS
     if not file.is_file():
-        raise FormatError(f"{directory}: no {TENSORS}")
+        raise FormatError(
+            f"{directory}: no {TENSORS}; get the directory anew, or save the adapter again"
+        )
     tensors = read_file(file)
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or tensor.dim() != 2:
             kind = f"{tuple(tensor.shape)} {tensor.dtype}"
             raise AdapterError(f"{file}: {name} is {kind}; expected a matrix, floating")
         if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{file}: {name} is not finite")
+            raise AdapterError(
+                f"{file}: {name} is not finite; get the file anew, or train the adapter again"
+            )
     modules = {_module(name, str(file)) for name in tensors}
     names = sorted(name for name in modules if name is not None)
     layers = {name: _layer(name, tensors, config, str(file)) for name in names}
     if not layers:
-        raise AdapterError(f"{file}: no lora_A and lora_B in it")
+        raise AdapterError(
+            f"{file}: no lora_A and lora_B in it; expected one pair at least; give another adapter"
+        )
     return Adapter(layers, base, config)
 
 
@@ -107,13 +113,19 @@ def _module(name: str, where: str) -> str | None:
             return path.removesuffix(end)
     if path.endswith(".base_layer.weight"):
         return None
-    raise AdapterError(f"{where}: {name} is no lora_A or lora_B of a Linear")
+    raise AdapterError(
+        f"{where}: {name} is no lora_A or lora_B of a Linear; expected these alone; "
+        "load the adapter over its base instead"
+    )
 
 
 def _layer(name: str, tensors: dict[str, Tensor], config: LoRAConfig, where: str) -> LowRank:
     A, B = (tensors.get(PREFIX + name + end) for end in (_A, _B))
     if A is None or B is None:
-        raise AdapterError(f"{where}: {name} has only one of lora_A and lora_B")
+        raise AdapterError(
+            f"{where}: {name} has only one of lora_A and lora_B; expected both; "
+            "get the file anew, or save the adapter again"
+        )
     if A.shape[0] != B.shape[1] or A.shape[0] != config.rank(name):
         raise AdapterError(
             f"{where}: {name} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}; "

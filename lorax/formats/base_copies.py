@@ -70,7 +70,10 @@ def take_base_copies(
         if copy is not None:
             check_tensor(place, copy, original, where)
             if not torch.equal(copies.setdefault(id(original), copy), copy):
-                raise AdapterError(f"{where}: {places[id(original)]} are tied, but differ there")
+                raise AdapterError(
+                    f"{where}: {places[id(original)]} are tied, but differ there; "
+                    "expected the same values; get the file anew, or save the adapter again"
+                )
     tables = [(places[key], copy) for key, copy in copies.items()]
     if not keep:
         tables = [(to, copy) for to, copy in tables if not _is_equal(model, to[0], copy)]
@@ -89,7 +92,7 @@ def check_tensor(name: str, tensor: Tensor, expected: Tensor, where: str) -> Non
             f"expected {tuple(expected.shape)}, floating"
         )
     if not torch.isfinite(tensor).all():
-        raise AdapterError(f"{where}: {name} is not finite")
+        raise AdapterError(f"{where}: {name} is not finite; get the file anew, or train again")
 
 
 def _is_equal(model: nn.Module, place: str, copy: Tensor) -> bool:
@@ -107,7 +110,7 @@ def _check_copy(layer: AdapterLayer, path: str, copy: Tensor, where: str) -> Non
     if copy.shape != weight.shape or not _is_same_base(layer, copy.to(weight), weight):
         raise AdapterError(
             f"{where}: {path}.base_layer.weight differs from the model's; "
-            "the adapter was trained on another base"
+            "the adapter was trained on another base; load it over that one"
         )
 
 
@@ -140,18 +143,24 @@ def without_wrappers(model: nn.Module, found: dict[str, Tensor], where: str) -> 
     for replacement in replaced_parameters(model):
         copies = [rest[PREFIX + p] for p in replacement.places if PREFIX + p in rest]
         if not all(torch.equal(copy, copies[0]) for copy in copies):
-            raise AdapterError(f"{where}: {replacement.places} are tied, but differ there")
+            raise AdapterError(
+                f"{where}: {replacement.places} are tied, but differ there; "
+                "expected the same values; get the file anew, or save the adapter again"
+            )
         for place in replacement.places:
             module, _, name = (PREFIX + place).rpartition(".")
             again = rest.pop(f"{module}.modules_to_save.{name}", None)
             if again is not None and not torch.equal(again, rest.get(PREFIX + place, again[:0])):
-                raise AdapterError(f"{where}: {place} stands there twice, with other values")
+                raise AdapterError(
+                    f"{where}: {place} stands there twice, with other values; "
+                    "expected the same; get the file anew, or save the adapter again"
+                )
             base = rest.pop(f"{module}.original_module.{name}", None)
             original = replacement.original
             if base is not None and not torch.equal(base.to(original), original):
                 raise AdapterError(
                     f"{where}: {place} of the base differs from the model's; "
-                    "the adapter was trained on another base"
+                    "the adapter was trained on another base; load it over that one"
                 )
     return rest
 

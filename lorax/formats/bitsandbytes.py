@@ -53,7 +53,10 @@ def stored_bits(found: Mapping[str, Any], where: str) -> int | None:
     if not settings:
         return None
     if not isinstance(settings, dict):
-        raise FormatError(f"{where}: quantization_config must be an object, found {settings!r}")
+        raise FormatError(
+            f"{where}: quantization_config must be an object, found {settings!r}; "
+            "mend it there, or get the file anew"
+        )
     bits = [b for b in (4, 8) if settings.get(f"load_in_{b}bit", settings.get(f"_load_in_{b}bit"))]
     method = settings.get("quant_method", "bitsandbytes" if bits else None)
     if method != "bitsandbytes":
@@ -84,7 +87,8 @@ class QuantizedFiles:
         for weight, parts in self._companions.items():
             if weight not in files.home:
                 raise FormatError(
-                    f"{min(parts.values())}: the weight that it belongs to, {weight}, is missing"
+                    f"{min(parts.values())}: the weight that it belongs to, {weight}, is missing; "
+                    "get the files anew, or save the model again"
                 )
 
     @property
@@ -138,7 +142,10 @@ class QuantizedFiles:
         eight = "SCB" in tensors or "weight_format" in tensors
         if eight != (self._bits == 8):
             found = "8 bits" if eight else "4 bits"
-            raise QuantizationError(f"weight: in {found}, but config.json says {self._bits}")
+            raise QuantizationError(
+                f"weight: in {found}, but config.json says {self._bits}; "
+                "get config.json and tensors from one save"
+            )
         _check_scales(tensors)
         weight = QuantizedTensor.from_bitsandbytes(tensors, dtype)
         extra = sorted(set(tensors) - set(weight.to_bitsandbytes()))
@@ -185,7 +192,8 @@ def stored_format(linears: Mapping[str, nn.Module]) -> set[str]:
     formats = {weight.format for weight in found.values()}
     if "int8" in formats and len(formats) > 1:
         raise UsageError(
-            f"the model mixes {sorted(formats)}; a checkpoint is in 4 bits or in 8, not in both"
+            f"the model mixes {sorted(formats)}; a checkpoint is in 4 bits or in 8, not in both; "
+            "load the model with one quantization, and save that"
         )
     return formats
 

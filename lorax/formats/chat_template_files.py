@@ -44,7 +44,9 @@ def write_chat_templates(templates: Mapping[str, str], directory: Path) -> None:
     """Write each into its file."""
     for name, template in templates.items():
         if name != Path(name).name:
-            raise FormatError(f"a chat template called {name!r} cannot be a file")
+            raise FormatError(
+                f"a chat template called {name!r} cannot be a file; give it a name without folders"
+            )
         path = directory / (FILE if name == "default" else f"{DIRECTORY}/{name}.jinja")
         path.parent.mkdir(exist_ok=True)
         path.write_text(template, encoding="utf-8")
@@ -54,9 +56,11 @@ def _read(path: Path) -> str:
     try:
         return read_bounded(path, MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 ({error})") from None
+        raise FormatError(
+            f"{path}: not UTF-8 ({error}); save it as UTF-8, or get it anew"
+        ) from None
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error})") from None
+        raise FormatError(f"{path}: cannot be read ({error}); get it anew, or remove it") from None
 
 
 def _named(found: Any, path: Path) -> dict[str, str]:
@@ -67,5 +71,8 @@ def _named(found: Any, path: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(
         isinstance(part, str) for pair in found.items() for part in pair
     ):
-        raise FormatError(f"{path}: chat_template is neither a text nor a list of named texts")
+        raise FormatError(
+            f"{path}: chat_template is neither a text nor a list of named texts; "
+            "mend it there, or leave it out"
+        )
     return found

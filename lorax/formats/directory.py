@@ -51,7 +51,9 @@ def written_directory(target: Path | str, *, replace: bool = False) -> Iterator[
             _settle(temporary)
             _move(temporary, target, home)
     except (OSError, SafetensorError) as error:
-        raise EnvironmentProblem(f"{target}: could not be written ({error})") from None
+        raise EnvironmentProblem(
+            f"{target}: could not be written ({error}); make room there, or give another path"
+        ) from None
 
 
 def check_free(target: Path) -> None:

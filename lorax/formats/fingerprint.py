@@ -241,7 +241,9 @@ def model_digest(model: nn.Module) -> str:
     """
     where = getattr(model, "loaded_from", None)
     if where is None:
-        raise AdapterError("the model's weights are not those of any file")
+        raise AdapterError(
+            "the model's weights are not those of any file; load it with lorax.load_model"
+        )
     return files_digest(where)
 
 
@@ -257,7 +259,9 @@ def files_digest(path: str | Path) -> str:
         states = ((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in homes)
         key = tuple(sorted(states))
     except OSError as error:
-        raise EnvironmentProblem(f"{where}: cannot be read ({error})") from None
+        raise EnvironmentProblem(
+            f"{where}: cannot be read ({error}); load the model from where its files are now"
+        ) from None
     if key not in _digests:
         _digests[key] = _sha256(sorted(_lines(open_model_files(where))))
     return _digests[key]

@@ -71,7 +71,9 @@ def open_gguf(path: Path) -> GGUFFile:
         FormatError: the file is damaged. UnsupportedModel: another architecture.
     """
     if path.exists() and not path.is_file():  # a FIFO would block
-        raise FormatError(f"{path}: not a readable GGUF file (it is no regular file)")
+        raise FormatError(
+            f"{path}: not a readable GGUF file (it is no regular file); give another path"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -80,7 +82,9 @@ def open_gguf(path: Path) -> GGUFFile:
             reader = FastReader(path)
             fields = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the reader has no error class of its own
-        raise FormatError(f"{path}: not a readable GGUF file ({error!r})") from None
+        raise FormatError(
+            f"{path}: not a readable GGUF file ({error!r}); get the file anew"
+        ) from None
     return GGUFFile(path, fields, {tensor.name: tensor for tensor in reader.tensors})
 
 
@@ -121,7 +125,10 @@ class GGUFFile:
             values = gguf.quants.dequantize(stored.data, stored.tensor_type)
         except Exception as error:  # NotImplementedError for exotic types, ValueError for damage
             kind = stored.tensor_type.name
-            raise FormatError(f"{self.path}: {name} ({kind}) cannot be decoded ({error})") from None
+            raise FormatError(
+                f"{self.path}: {name} ({kind}) cannot be decoded ({error}); "
+                "get the file anew, or one of another quantization"
+            ) from None
         tensor = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped
         if name.endswith("norm.weight"):
             return tensor - self._layout.norm_offset if self._layout.norm_offset else tensor
@@ -130,7 +137,10 @@ class GGUFFile:
         if name.endswith(("q_proj.weight", "k_proj.weight")) and (
             tensor.dim() != 2 or len(tensor) != self._rows(name)
         ):
-            raise FormatError(f"{self.path}: {name} has the impossible shape {tuple(tensor.shape)}")
+            raise FormatError(
+                f"{self.path}: {name} has the impossible shape {tuple(tensor.shape)}; "
+                f"expected {self._rows(name)} rows; get the file anew"
+            )
         if name.endswith("q_proj.weight"):
             return _unpermute(tensor, self.config.num_attention_heads)
         if name.endswith("k_proj.weight"):
@@ -150,7 +160,9 @@ class GGUFFile:
     def _field(self, key: str, default: Any = None) -> Any:
         value = self._fields.get(key, default)
         if value is None:
-            raise FormatError(f"{self.path}: {key} is missing")
+            raise FormatError(
+                f"{self.path}: {key} is missing; get the file anew, or convert the model again"
+            )
         return value
 
     def _find_family(self) -> tuple[Family, GGUFLayout]:
@@ -161,16 +173,22 @@ class GGUFFile:
             if layout is not None and layout.architecture == architecture:
                 return FAMILIES[model_type], layout
         read = ", ".join(layout.architecture for layout in layouts.values() if layout is not None)
-        raise UnsupportedModel(f"{self.path}: architecture {architecture!r}; {read} are read")
+        raise UnsupportedModel(
+            f"{self.path}: architecture {architecture!r}; {read} are read; "
+            "load the model's Hugging Face directory, or take another model"
+        )
 
     def _read_config(self, rope_factors: Any) -> LlamaConfig:
         architecture = self._layout.architecture
         for key in _NOT_COVERED:
             if self._fields.get(f"{architecture}.{key}") not in (None, 0, "none"):
-                raise UnsupportedModel(f"{self.path}: {architecture}.{key} is not covered")
+                raise UnsupportedModel(
+                    f"{self.path}: {architecture}.{key} is not covered; "
+                    "load the model's Hugging Face directory, or take another model"
+                )
         embedding = self._tensors.get("model.embed_tokens.weight")
         if embedding is None or len(embedding.shape) != 2:
-            raise FormatError(f"{self.path}: token_embd.weight must be a matrix")
+            raise FormatError(f"{self.path}: token_embd.weight must be a matrix; get the file anew")
         values = {key: self._number(f"{architecture}.{name}") for name, key in _KEYS.items()}
         for name, key in (_OPTIONAL_KEYS | dict(self._layout.keys)).items():
             if f"{architecture}.{name}" in self._fields:
@@ -205,7 +223,10 @@ def _with_scaling(config: LlamaConfig, factors: Tensor, where: str) -> LlamaConf
         mine = plain / inverse_frequencies(scaled, torch.device("cpu"))
         if mine.shape == factors.shape and torch.allclose(mine, factors.float(), rtol=1e-4):
             return scaled
-    raise UnsupportedModel(f"{where}: {_ROPE_FACTORS} is neither Llama 3.1's nor Llama 3.2's")
+    raise UnsupportedModel(
+        f"{where}: {_ROPE_FACTORS} is neither Llama 3.1's nor Llama 3.2's; "
+        "load the model's Hugging Face directory instead"
+    )
 
 
 def _hf_name(name: str, layout: GGUFLayout) -> str:

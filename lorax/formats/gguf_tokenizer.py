@@ -62,7 +62,10 @@ def build_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
         raise
     except BaseException as error:  # KeyError, IndexError, and what the tokenizers package raises:
         # plain Exceptions, and Rust panics, which are no Exceptions
-        raise FormatError(f"{where}: the tokenizer's fields do not fit ({error!r})") from None
+        raise FormatError(
+            f"{where}: the tokenizer's fields do not fit ({error!r}); get the file anew, or "
+            "load the tokenizer from the model's Hugging Face directory"
+        ) from None
     return Tokenizer(
         backend,
         bos_token=special.get("bos_token"),
@@ -155,5 +158,6 @@ def _pre_tokenizer(family: str | None, where: str) -> pre_tokenizers.PreTokenize
     if family in _QWEN2:
         return split_bytes(QWEN2_SPLIT)
     raise UnsupportedModel(
-        f"{where}: pre-tokenizer {family!r}; smollm, gpt-2, llama-bpe and qwen2 are read"
+        f"{where}: pre-tokenizer {family!r}; smollm, gpt-2, llama-bpe and qwen2 are read; "
+        "load the tokenizer from the model's Hugging Face directory"
     )

@@ -45,7 +45,7 @@ def find_model(path: str | os.PathLike[str], revision: str | None = None) -> Pat
         return local
     if local.suffix == ".gguf" or local.is_file():
         if not local.is_file():
-            raise EnvironmentProblem(f"{local}: no such file")
+            raise EnvironmentProblem(f"{local}: no such file; give the path of one that is there")
         if local.suffix != ".gguf":
             raise FormatError(f"{local}: expected a model directory, a .gguf file or a Hub id")
         return local
@@ -69,7 +69,9 @@ def find_adapter_dir(path_or_id: str | os.PathLike[str], revision: str | None = 
 
 def _download(name: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise EnvironmentProblem(f"{name}: no such directory, and no Hub id")
+        raise EnvironmentProblem(
+            f"{name}: no such directory, and no Hub id; give another path, or an id as owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:

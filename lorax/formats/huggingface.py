@@ -237,7 +237,10 @@ def as_device(device: str | torch.device) -> torch.device:
         raise UsageError(f"device {device!r} is unknown; expected cpu or cuda") from None
     count = torch.cuda.device_count() if found.type == "cuda" else 1
     if (found.index or 0) >= count:
-        raise EnvironmentProblem(f"device {device} is not there: torch finds {count} CUDA devices")
+        raise EnvironmentProblem(
+            f"device {device} is not there: torch finds {count} CUDA devices; "
+            "take one that is there, or cpu"
+        )
     return found
 
 
@@ -251,9 +254,15 @@ def _match_names(model: Model, found: list[str], where: Path) -> dict[str, str]:
             continue
         mine = name if name in expected else prefix + name
         if mine not in expected:
-            raise FormatError(f"{where}: tensor {name} has no place in the model of config.json")
+            raise FormatError(
+                f"{where}: tensor {name} has no place in the model of config.json; "
+                "get the config.json that belongs to these weights"
+            )
         if mine in names:
-            raise FormatError(f"{where}: tensors {names[mine]} and {name} are one and the same")
+            raise FormatError(
+                f"{where}: tensors {names[mine]} and {name} are one and the same; "
+                "expected one of them; get the files anew, or save the model again"
+            )
         names[mine] = name
     if model.config.tie_word_embeddings:  # one of the two is enough
         expected.discard("lm_head.weight")
@@ -276,7 +285,10 @@ def _tied_or_not(model: Model, names: dict[str, str], source: TensorSource) -> M
     """
     head = names["lm_head.weight"]
     if isinstance(source, bitsandbytes.QuantizedFiles) and source.parts(head):
-        raise FormatError(f"{head} is quantized, although config.json ties it to the embedding")
+        raise FormatError(
+            f"{head} is quantized, although config.json ties it to the embedding; "
+            "set tie_word_embeddings to false there, or get a checkpoint with a plain head"
+        )
     if torch.equal(source.read(head), source.read(names[model.embedding_name])):
         del names["lm_head.weight"]
         return model

@@ -25,7 +25,9 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, constants: bool = False
     try:
         text = read_bounded(path, max_bytes).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: cannot be read ({error})") from None
+        raise FormatError(
+            f"{path}: cannot be read ({error}); give another path, or get the file anew"
+        ) from None
     return parse_json(text, str(path), constants=constants)
 
 
@@ -51,7 +53,9 @@ def parse_json(text: str, where: str, *, constants: bool = False) -> dict[str, A
         if "\\u" in text:  # only an escape can bring in half of a surrogate pair
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not valid JSON ({error})") from None
+        raise FormatError(
+            f"{where}: not valid JSON ({error}); mend it there, or get the file anew"
+        ) from None
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value

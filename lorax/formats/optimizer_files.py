@@ -124,13 +124,20 @@ def _groups(path: Path) -> list[dict[str, Any]]:
         with open_file(path) as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise FormatError(f"{path}: not a readable safetensors file ({error})") from None
+        raise FormatError(
+            f"{path}: not a readable safetensors file ({error}); get the file anew, or take "
+            "another checkpoint"
+        ) from None
     if KEY not in metadata:
-        raise FormatError(f"{path}: no {KEY} in its metadata; it is no optimizer's state")
+        raise FormatError(
+            f"{path}: no {KEY} in its metadata; it is no optimizer's state; give a file that "
+            "save_optimizer_state wrote"
+        )
     groups = parse_json(metadata[KEY], f"{path}: {KEY}").get("param_groups")
     if not isinstance(groups, list) or not all(_is_group(group) for group in groups):
         raise FormatError(
-            f"{path}: {KEY} must hold a list of param_groups: params and finite numbers"
+            f"{path}: {KEY} must hold a list of param_groups: params and finite numbers; "
+            "get the file anew, or take another checkpoint"
         )
     for group in groups:
         if isinstance(group.get("betas"), list):

@@ -114,7 +114,7 @@ def load_adapter(
 def _no_tensors(directory: Path) -> str:
     """What to say where the tensors' file is missing."""
     if not (directory / "adapter_model.bin").is_file():
-        return f"{directory}: no {TENSORS}"
+        return f"{directory}: no {TENSORS}; get the directory anew, or save the adapter again"
     return (
         f"{directory}: no {TENSORS}; adapter_model.bin is a pickle, which can run code when it is "
         "read. If you trust it, let PEFT convert it: peft.PeftModel.from_pretrained("
@@ -283,7 +283,10 @@ def _load_tensors(model: nn.Module, found: dict[str, Tensor], where: str, resize
     if missing or unexpected:
         parts = [f"{len(missing)} missing (first {missing[0]})"] if missing else []
         parts += [f"{len(unexpected)} unexpected (first {unexpected[0]})"] if unexpected else []
-        raise AdapterError(f"{where}: tensors do not fit the config and model: {', '.join(parts)}")
+        raise AdapterError(
+            f"{where}: tensors do not fit the config and model: {', '.join(parts)}; "
+            "get config and tensors from one save, and load them over their base"
+        )
     for name, tensor in found.items():
         check_tensor(name, tensor, expected[name], where)
     for name, tensor in found.items():

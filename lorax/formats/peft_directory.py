@@ -147,7 +147,10 @@ def _check_types(kind: type[AdapterConfig], values: dict[str, Any], file: Path) 
     for key in (field.name for field in described):
         value = values.get(key)
         if value is not None and not _fits(value, hints[key]):
-            raise FormatError(f"{file}: {key} = {value!r} has the wrong type")
+            raise FormatError(
+                f"{file}: {key} = {value!r} has the wrong type; "
+                "mend it there, or save the adapter again with PEFT"
+            )
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -42,7 +42,10 @@ class TensorFiles:
         for path in files:
             for name in _names(path):
                 if name in self.home:
-                    raise FormatError(f"{path}: tensor {name} stands in {self.home[name]} too")
+                    raise FormatError(
+                        f"{path}: tensor {name} stands in {self.home[name]} too; expected it "
+                        "once; get the files anew, or save the model again"
+                    )
                 self.home[name] = path
 
     @property
@@ -57,7 +60,9 @@ class TensorFiles:
             with open_file(path) as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise FormatError(f"{path}: tensor {name} cannot be read ({error})") from None
+            raise FormatError(
+                f"{path}: tensor {name} cannot be read ({error}); get the file anew"
+            ) from None
 
     def dtype(self, name: str) -> torch.dtype:
         """The tensor's dtype, without reading it."""
@@ -99,13 +104,21 @@ def open_checkpoint(directory: Path, name: str | None = None) -> TensorFiles:
         raise FormatError(f"{directory / INDEX}: weight_map must name the tensors' files")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.strip("."):
-            raise FormatError(f"{directory / INDEX}: {name!r} is not a plain file name")
+            raise FormatError(
+                f"{directory / INDEX}: {name!r} is not a plain file name; expected that of a file "
+                "beside it; get the index anew"
+            )
         if not (directory / name).is_file():
-            raise FormatError(f"{directory / INDEX}: names {name}, which is not there")
+            raise FormatError(
+                f"{directory / INDEX}: names {name}, which is not there; get that file as well"
+            )
     files = TensorFiles(directory / name for name in sorted(set(weight_map.values())))
     if set(files.names) != set(weight_map):
         odd = sorted(set(files.names) ^ set(weight_map))[0]
-        raise FormatError(f"{directory / INDEX}: tensor {odd} is in the index or in a shard only")
+        raise FormatError(
+            f"{directory / INDEX}: tensor {odd} is in the index or in a shard only; expected in "
+            "both; get the index and its shards from one save"
+        )
     return files
 
 
@@ -133,7 +146,9 @@ def read_metadata(path: Path) -> dict[str, str]:
         with open_file(path) as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise FormatError(f"{path}: not a readable safetensors file ({error})") from None
+        raise FormatError(
+            f"{path}: not a readable safetensors file ({error}); get the file anew"
+        ) from None
 
 
 def write_file(
@@ -219,4 +234,6 @@ def _names(path: Path) -> list[str]:
         with open_file(path) as file:
             return list(file.keys())
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise FormatError(f"{path}: not a readable safetensors file ({error})") from None
+        raise FormatError(
+            f"{path}: not a readable safetensors file ({error}); get the file anew"
+        ) from None

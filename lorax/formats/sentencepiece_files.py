@@ -69,9 +69,14 @@ def read_sentencepiece(path: Path) -> SentencePieces:
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError
-        raise FormatError(f"{path}: not a readable sentencepiece model ({error})") from None
+        raise FormatError(
+            f"{path}: not a readable sentencepiece model ({error}); get the file anew"
+        ) from None
     if not proto.pieces or max(len(piece.piece) for piece in proto.pieces) > _MAX_CHARACTERS:
-        raise FormatError(f"{path}: no pieces, or one of more than {_MAX_CHARACTERS} characters")
+        raise FormatError(
+            f"{path}: no pieces, or one of more than {_MAX_CHARACTERS} characters; "
+            "get the file anew"
+        )
     return _contents(proto)
 
 

@@ -182,12 +182,17 @@ def _old_added(values: Mapping[str, Any], path: Path) -> dict[int, AddedToken]:
 def _numbered(found: Any, where: str) -> dict[int, AddedToken]:
     """{id: a written-out AddedToken}; JSON has ids as texts where they are keys."""
     if not isinstance(found, dict):
-        raise FormatError(f"{where}: added_tokens_decoder must be an object")
+        raise FormatError(
+            f"{where}: added_tokens_decoder must be an object; "
+            "mend it there, or save the tokenizer again with transformers"
+        )
     result = {}
     for number, value in found.items():
         token = _token(value, where) if isinstance(value, dict) else None
         if not isinstance(token, AddedToken):
-            raise FormatError(f"{where}: {value!r} is no added token")
+            raise FormatError(
+                f"{where}: {value!r} is no added token; expected an object with a text as content"
+            )
         result[_id(number, where)] = token
     return result
 
@@ -197,14 +202,17 @@ def _id(value: Any, where: str) -> int:
         return int(value)
     if isinstance(value, int) and value >= 0:
         return value
-    raise FormatError(f"{where}: {value!r} is no token id")
+    raise FormatError(f"{where}: {value!r} is no token id; expected a whole number from 0 on")
 
 
 def _token_list(found: Any, where: str) -> list[Token]:
     if found is None:
         return []
     if not isinstance(found, list):
-        raise FormatError(f"{where}: {found!r} is no list of tokens")
+        raise FormatError(
+            f"{where}: {found!r} is no list of tokens; "
+            "mend it there, or save the tokenizer again with transformers"
+        )
     tokens = [_token(value, where) for value in found]
     return [token for token in tokens if token is not None]
 
@@ -218,4 +226,6 @@ def _token(value: Any, where: str) -> Token | None:
             return AddedToken(content, **flags)
     elif value is None or isinstance(value, str):
         return value
-    raise FormatError(f"{where}: {value!r} is no token")
+    raise FormatError(
+        f"{where}: {value!r} is no token; expected a text, or an object with a text as content"
+    )

@@ -52,7 +52,8 @@ def read_backend(
     else:
         raise FormatError(
             f"{directory}: no tokenizer.json there, nor tokenizer.model, nor vocab.json with "
-            "merges.txt; lorax reads no other tokenizer file"
+            "merges.txt; lorax reads no other tokenizer file; give a directory that has one of "
+            "them, or let transformers save the tokenizer there"
         )
     add_special_tokens(backend, special)
     if kind.adds_specials:
@@ -128,7 +129,7 @@ def _from_words(
     vocabulary, merges = directory / VOCABULARY, directory / MERGES
     read_json(vocabulary)
     if merges.stat().st_size > MAX_BYTES:
-        raise FormatError(f"{merges}: more than {MAX_BYTES} bytes")
+        raise FormatError(f"{merges}: more than {MAX_BYTES} bytes; get the file anew")
     special = read_special_tokens(directory, config)
     complete(special, kind.defaults)
     words, pairs = models.BPE.read_file(str(vocabulary), str(merges))

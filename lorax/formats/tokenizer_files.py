@@ -56,7 +56,10 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit, LoraxError):
         raise
     except BaseException as error:  # plain Exceptions, and Rust panics, which are no Exceptions
-        raise FormatError(f"{directory}: not a readable tokenizer ({error})") from None
+        raise FormatError(
+            f"{directory}: not a readable tokenizer ({error}); "
+            "get its files anew, or save it again with transformers"
+        ) from None
     backend.encode_special_tokens = config.get("split_special_tokens") is True
     backend.no_truncation()  # left there by whoever saved it; a text is cut or filled on request
     backend.no_padding()
@@ -146,7 +149,10 @@ def _end_token_ids(directory: Path) -> list[int]:
         if found is not None:
             ids = found if isinstance(found, list) else [found]
             if not all(isinstance(i, int) and i >= 0 for i in ids):
-                raise FormatError(f"{directory / file}: eos_token_id {found!r} is no token id")
+                raise FormatError(
+                    f"{directory / file}: eos_token_id {found!r} is no token id; "
+                    "expected a whole number from 0 on, or a list of them"
+                )
             return ids
     return []
 

@@ -38,7 +38,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         text = read_bounded(path, MAX_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise FormatError(f"{path}: cannot be read ({reason})") from None
+        raise FormatError(
+            f"{path}: cannot be read ({reason}); give the path of a TOML file"
+        ) from None
     return parse_toml(text, str(path))
 
 
@@ -54,7 +56,9 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, deep brackets
-        raise FormatError(f"{where}: not valid TOML ({error})") from None
+        raise FormatError(
+            f"{where}: not valid TOML ({error}); mend it there; texts need quotes"
+        ) from None
 
 
 def _check_depth(bare: str, where: str) -> None:

@@ -67,7 +67,8 @@ def match_vocabulary(
         missing = sorted(set(stated) - set(tables))
         raise AdapterError(
             f"{where}: embedding and head must both be there with {rows} rows to resize the "
-            f"vocabulary{'; missing: ' + ', '.join(missing) if missing else ''}"
+            f"vocabulary{'; missing: ' + ', '.join(missing) if missing else ''}; "
+            "save the adapter again with both, where it was trained"
         )
     return _resize(model, tables)
 

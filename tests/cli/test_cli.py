@@ -151,7 +151,10 @@ def test_python_m_lorax_is_the_same_program():
     assert lorax_process("--version").stdout.strip() == lorax.__version__
     done = lorax_process("train", "nowhere.toml")
     assert done.returncode == 3
-    assert done.stderr == "error: nowhere.toml: cannot be read (No such file or directory)\n"
+    assert done.stderr == (
+        "error: nowhere.toml: cannot be read (No such file or directory); "
+        "give the path of a TOML file\n"
+    )
 
 
 def test_no_color_is_kept():
