@@ -61,7 +61,10 @@ class LowRank:
     def __add__(self, other: LowRank) -> LowRank:
         """By concatenation. Where the scales differ in more than sign, B takes them up."""
         if self.shape != other.shape:
-            raise AdapterError(f"shapes {self.shape} and {other.shape} cannot be added")
+            raise AdapterError(
+                f"shapes {self.shape} and {other.shape} cannot be added"
+                "; give adapters of one base model"
+            )
         scale = self.scaling if abs(self.scaling) == abs(other.scaling) else 1.0
         scale = scale or 1.0
         parts = [m.B if m.scaling == scale else m.B * (m.scaling / scale) for m in (self, other)]
@@ -205,7 +208,10 @@ def norm(matrix: LowRank) -> float:
 def inner(one: LowRank, two: LowRank) -> float:
     """<D, E> = sum of D * E, through (r1, r2) matrices: s1 s2 sum((B1^T B2) * (A1 A2^T))."""
     if one.shape != two.shape:
-        raise AdapterError(f"shapes {one.shape} and {two.shape} have no inner product")
+        raise AdapterError(
+            f"shapes {one.shape} and {two.shape} have no inner product"
+            "; give adapters of one base model"
+        )
     B = one.B.double().t() @ two.B.double()
     A = one.A.double() @ two.A.double().t()
     return one.scaling * two.scaling * (A * B).sum().item()
@@ -260,7 +266,7 @@ def check_low_rank(config: AdapterConfig, where: str) -> None:
         if value != getattr(plain, key):
             raise AdapterError(
                 f"{where} has {key} = {value!r}: it is no low-rank matrix alone, and there is no "
-                "adding or comparing it"
+                "adding or comparing it; give an adapter trained without it"
             )
 
 

@@ -47,12 +47,20 @@ def check_config(config: LoRAConfig) -> None:
     _check_loftq(config)
     how = config.init_lora_weights
     if config.use_dora and (how == "loftq" or config.starts_inside):
-        raise AdapterError(f"use_dora with init_lora_weights = {how!r} is not covered by lorax")
+        raise AdapterError(
+            f"use_dora with init_lora_weights = {how!r} is not covered by lorax"
+            "; leave one of them out"
+        )
     if config.lora_bias and (config.use_dora or not isinstance(how, bool)):
         other = "use_dora" if config.use_dora else f"init_lora_weights = {how!r}"
-        raise AdapterError(f"lora_bias and {other}: PEFT does not define the two together")
+        raise AdapterError(
+            f"lora_bias and {other}: PEFT does not define the two together; leave one of them out"
+        )
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
-        raise AdapterError("layers_to_transform goes with target_modules as a list of names")
+        raise AdapterError(
+            "layers_to_transform goes with target_modules as a list of names"
+            "; give a list, or leave layers_to_transform out"
+        )
     _check_expressions(config)
 
 

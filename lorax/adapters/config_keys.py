@@ -110,7 +110,7 @@ class PeftKeywords(AdapterConfig):
             value = getattr(self, each.name)
             default = default_of(each)
             if each.name in NOT_COVERED and value:
-                raise AdapterError(f"{each.name} = {value!r} is not covered by lorax")
+                raise AdapterError(f"{each.name} = {value!r} is not covered by lorax; leave it out")
             nothing = value is None or (_is_empty(value) and each.name != "target_modules")
             if nothing or each.name == "peft_type":  # PEFT too overwrites the latter
                 object.__setattr__(self, each.name, default)

@@ -94,6 +94,7 @@ def convert_to_lora(model: nn.Module) -> None:
     if not config.starts_inside and config.init_lora_weights != "loftq":
         raise AdapterError(
             f"the adapter started with {config.init_lora_weights!r} and is a plain LoRA already"
+            "; save it as it is"
         )
     if config.starts_inside:
         config = plain_form(config)

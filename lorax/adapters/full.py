@@ -21,6 +21,7 @@ def train_everything(model: Any) -> None:
         raise RecipeError(
             f"model.path: its checkpoint is quantized ({quantized[0]} and {len(quantized) - 1} "
             "more), and quantized weights are frozen; adapter.method = 'full' needs plain ones"
+            "; give a checkpoint that is not quantized, or another adapter.method"
         )
     model.loaded_from = None  # its weights will be those of no file
     for parameter in model.parameters():

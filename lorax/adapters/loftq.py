@@ -76,6 +76,7 @@ class LoftQLinear(LoRALinear):
         if "lm_head" in targets and is_tied(model):
             raise AdapterError(
                 "lm_head is tied to the embedding; LoftQ cannot quantize one of them"
+                "; leave lm_head out of target_modules"
             )
 
     @classmethod

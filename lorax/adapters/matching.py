@@ -42,12 +42,12 @@ def check_expression(expression: str, whole: str | None = None) -> None:
     if len(expression) > MAX_CHARACTERS:
         raise AdapterError(
             f"{expression[:60]!r}... has {len(expression)} characters; a regular expression may "
-            f"have {MAX_CHARACTERS}"
+            f"have {MAX_CHARACTERS}; write a shorter one, or a list of names"
         )
     for each in (expression, whole or expression):
         problem = _ask(each, None, False).get("error")
         if problem is not None:
-            raise AdapterError(f"{expression!r} is no regular expression ({problem})")
+            raise AdapterError(f"{expression!r} is no regular expression ({problem}); mend it")
 
 
 def matches_whole(expression: str, name: str) -> bool:
@@ -82,7 +82,7 @@ def _groups(expression: str, name: str, full: bool, plain: bool) -> Groups | Non
         return None if match is None else match.groups()
     reply = _ask(expression, name, full)
     if "error" in reply:
-        raise AdapterError(f"{expression!r} is no regular expression ({reply['error']})")
+        raise AdapterError(f"{expression!r} is no regular expression ({reply['error']}); mend it")
     return None if reply["groups"] is None else tuple(reply["groups"])
 
 

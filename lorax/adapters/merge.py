@@ -72,7 +72,7 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     """
     layers = require_adapter(model)
     if any(layer.merged is not None for layer in layers.values()):
-        raise AdapterError("the adapter is merged already")
+        raise AdapterError("the adapter is merged already; unmerge_adapter(model) undoes it first")
     check_finite(model)
     made = {name: _merged(layer, name) for name, layer in layers.items()}
     merged = {name: module for name, (module, _, _) in made.items()}
@@ -90,7 +90,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     """Undo `merge_adapter`: the base gives the same bits as before it, the adapter trains on."""
     layers = require_adapter(model)
     if all(layer.merged is None for layer in layers.values()):
-        raise AdapterError("the adapter is not merged")
+        raise AdapterError("the adapter is not merged; merge_adapter(model) comes first")
     for layer in layers.values():
         layer.merged = None
 
@@ -160,7 +160,10 @@ def check_finite(model: nn.Module) -> None:
     tensors |= {r.places[0]: r.trained for r in replaced_parameters(model)}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{name} is not finite; an adapter like that is not merged")
+            raise AdapterError(
+                f"{name} is not finite; an adapter like that is not merged"
+                "; take an earlier checkpoint, or train anew"
+            )
 
 
 def _say_if_untied(model: Model) -> None:

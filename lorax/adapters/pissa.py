@@ -144,7 +144,10 @@ def check_components(weight: Tensor, r: int, scaling: float, how: str) -> None:
             f"{scaling:g}; expected lora_alpha > 0"
         )
     if not torch.isfinite(weight).all():
-        raise AdapterError(f"init_lora_weights = {how!r}: the base's weight is not finite")
+        raise AdapterError(
+            f"init_lora_weights = {how!r}: the base's weight is not finite"
+            "; get the checkpoint anew, or leave that module out of target_modules"
+        )
 
 
 def as_lora(layer: LoRALinear, base: nn.Module) -> LoRALinear:

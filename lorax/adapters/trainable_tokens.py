@@ -106,7 +106,7 @@ def find_rows(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[list[int]
     for key, indices in (wanted if isinstance(wanted, dict) else {embedding: wanted}).items():
         names = [name for name in modules if name.endswith(key)]
         if not names:
-            raise AdapterError(f"trainable_token_indices: {key!r} matches no module")
+            raise AdapterError(f"trainable_token_indices: {key!r} matches no module; mend the key")
         for name in names:
             _check_table(name, modules[name], indices)
             found[name] = (indices, False)
@@ -117,7 +117,7 @@ def find_rows(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[list[int]
         elif config.ensure_weight_tying:
             raise AdapterError(
                 "trainable_token_indices: other rows for the head than for the embedding, "
-                "although ensure_weight_tying ties them"
+                "although ensure_weight_tying ties them; give both the same rows, or unset it"
             )
     for name, (_, follows) in found.items():
         _check_free(name, follows, config)
@@ -166,7 +166,7 @@ def _check_table(name: str, module: nn.Module, indices: list[int]) -> None:
     if min(indices) < 0 or max(indices) >= size:
         raise AdapterError(
             f"trainable_token_indices: {name}: rows {min(indices)} to {max(indices)}; it has "
-            f"rows 0 to {size - 1}"
+            f"rows 0 to {size - 1}; leave the others out"
         )
 
 
@@ -175,7 +175,7 @@ def _check_free(name: str, follows: bool, config: LoRAConfig) -> None:
     if config.selects(name):
         raise AdapterError(
             f"trainable_token_indices: {name} is among target_modules too, and {why}; "
-            "the two together are not covered"
+            "the two together are not covered; leave it out of one of the two"
         )
     if any(name.endswith(saved) for saved in config.modules_to_save or []):
         raise AdapterError(

@@ -95,6 +95,7 @@ def _check_variables(talk: Conversation, whole: Rendered, tokenizer: Tokenizer) 
                 raise TemplateError(
                     f"chat template: does not print the row's {name}, so the model would learn "
                     "answers to what it is not shown"
+                    "; remove it from the rows, or use a template that prints it"
                 )
 
 

@@ -54,6 +54,7 @@ def read_turns(value: Any, where: str, name: str = "messages") -> tuple[list[Any
     if not isinstance(turns, list) or not turns:
         raise DataError(
             f"{where}: {name} must be a list of role and content (or a list of from and value)"
+            f", found {turns!r:.80}; mend the row, or remove it"
         )
     read = [_read_turn(turn, f"{where}: turn {n}") for n, turn in enumerate(turns, 1)]
     return [message for message, _ in read], [is_trained for _, is_trained in read]
@@ -73,6 +74,7 @@ def _read_turn(turn: Any, where: str) -> tuple[dict[str, Any], bool]:
     if not isinstance(turn, dict):
         raise DataError(
             f"{where}: a message must have a role and a text as content: {_short(turn)}"
+            "; mend the row, or remove it"
         )
     known = {key: value for key, value in turn.items() if value is not None}
     said = known.pop("role", None) or known.pop("from", None)
@@ -80,7 +82,7 @@ def _read_turn(turn: Any, where: str) -> tuple[dict[str, Any], bool]:
     if role not in ROLES:
         raise DataError(
             f"{where}: a message must have a role ({', '.join(ROLES)}; or from human, gpt, "
-            f"system, ...) and a text as content, found {_short(turn)}"
+            f"system, ...) and a text as content, found {_short(turn)}; mend the row, or remove it"
         )
     is_trained = _read_switches(known, role, where)
     content = known.pop("content", None)
@@ -94,7 +96,10 @@ def _read_turn(turn: Any, where: str) -> tuple[dict[str, Any], bool]:
         _check_content(content, turn, where)
         known["content"] = content
     elif role != "assistant" or not (known.get("tool_calls") or known.get("function_call")):
-        raise DataError(f"{where}: a message must have a text as content, found {_short(turn)}")
+        raise DataError(
+            f"{where}: a message must have a text as content, found {_short(turn)}"
+            "; mend the row, or remove it"
+        )
     return {"role": role, **known}, is_trained
 
 
@@ -106,10 +111,13 @@ def _read_switches(message: dict[str, Any], role: str, where: str) -> bool:
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise DataError(f"{where}: {name} is {_short(value)}; lorax takes 0 and 1 only")
+            raise DataError(
+                f"{where}: {name} is {_short(value)}; lorax takes 0 and 1 only; mend the row"
+            )
         if value and role != "assistant":
             raise DataError(
                 f"{where}: {name} asks to train a message of {role}; only the assistant's can be"
+                "; set it to 0 there"
             )
         is_trained = is_trained and bool(value)
     return is_trained
@@ -119,13 +127,22 @@ def _check_content(content: Any, turn: Any, where: str) -> None:
     if isinstance(content, str):
         return
     if not isinstance(content, list) or not content:
-        raise DataError(f"{where}: a message must have a text as content, found {_short(turn)}")
+        raise DataError(
+            f"{where}: a message must have a text as content, found {_short(turn)}"
+            "; mend the row, or remove it"
+        )
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _KNOWN_PARTS:
-            raise DataError(f"{where}: content has a part of type {kind}; lorax reads text only")
+            raise DataError(
+                f"{where}: content has a part of type {kind}; lorax reads text only"
+                "; remove the part, or the row"
+            )
         if not isinstance(part.get("text"), str):
-            raise DataError(f"{where}: content has a part without a text: {_short(part)}")
+            raise DataError(
+                f"{where}: content has a part without a text: {_short(part)}"
+                "; mend the row, or remove it"
+            )
 
 
 def _read_calls(content: Any, where: str) -> list[dict[str, Any]]:
@@ -133,7 +150,10 @@ def _read_calls(content: Any, where: str) -> list[dict[str, Any]]:
     calls = plain(content)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise DataError(f"{where}: function_call must be JSON with a name: {_short(content)}")
+        raise DataError(
+            f"{where}: function_call must be JSON with a name: {_short(content)}"
+            "; mend the row, or remove it"
+        )
     return [{"type": "function", "function": call} for call in calls]
 
 

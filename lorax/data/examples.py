@@ -110,7 +110,10 @@ def load_examples(
         if example.tokens:
             examples.append(example)
     if not examples:
-        raise DataError(f"{path}: no row has anything to train on within {max_length} tokens")
+        raise DataError(
+            f"{path}: no row has anything to train on within {max_length} tokens"
+            "; give a greater max_length, or rows whose answers begin earlier"
+        )
     return Examples(examples, kind.name, truncated, len(rows) - len(examples))
 
 
@@ -212,6 +215,7 @@ def _in_alpacas_words(said: Question, where: str) -> list[Segment]:
     if talk.variables or len(talk.messages) > 2:
         raise DataError(
             f"{where}: system, history or tools need a chat template, and this model has none"
+            "; choose a model with one, or leave these columns out"
         )
     form = ALPACA_WITH_INPUT if said.context else ALPACA_WITHOUT_INPUT
     prompt = form.format(instruction=said.instruction, input=said.context)

@@ -202,7 +202,10 @@ def _history(row: Row) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for pair in plain(row[0].get("history")) or []:
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-            raise DataError(f"{row[1]}: history must be a list of question and answer")
+            raise DataError(
+                f"{row[1]}: history must be a list of question and answer"
+                f", found {pair!r:.80}; mend the row, or remove it"
+            )
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})
     return messages
@@ -229,6 +232,7 @@ def _conversation(row: Row, messages: list[Any], trained: list[bool]) -> Convers
     if not any(trained):
         raise DataError(
             f"{where}: no message of the assistant to learn, so there is nothing to train on"
+            "; add one, or remove the row"
         )
     return Conversation(messages, trained, _variables(row))
 
@@ -241,12 +245,18 @@ def _variables(row: Row) -> dict[str, Any]:
         if value in (None, [], ""):
             continue
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise DataError(f"{where}: {name} must be a list of objects, found {str(value)[:80]}")
+            raise DataError(
+                f"{where}: {name} must be a list of objects, found {str(value)[:80]}"
+                "; mend the row, or remove it"
+            )
         variables[name] = value
     others = plain(values.get("chat_template_kwargs"))
     if others:
         if not isinstance(others, dict):
-            raise DataError(f"{where}: chat_template_kwargs must be an object")
+            raise DataError(
+                f"{where}: chat_template_kwargs must be an object"
+                f", found {others!r:.80}; mend the row, or remove it"
+            )
         variables |= others
     return variables
 

@@ -30,7 +30,7 @@ def read_rows(path: Path) -> list[Row]:
     else:
         raise DataError(f"{path}: expected a .jsonl, .json, .csv or .parquet file")
     if not rows:
-        raise DataError(f"{path}: no rows")
+        raise DataError(f"{path}: no rows; expected at least one; give another file")
     return rows
 
 
@@ -41,7 +41,10 @@ def _read_text(path: Path) -> str:
         is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+        raise DataError(
+            f"{path}: cannot be read ({error})"
+            "; expected a text file in UTF-8; save it so, or give another path"
+        ) from None
 
 
 def _json_rows(text: str, path: str) -> Iterator[Row]:
@@ -67,7 +70,10 @@ def _parquet(path: Path) -> Iterator[Row]:
         values = parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         first = str(error).split("\n")[0]
-        raise DataError(f"{path}: cannot be read ({first})") from None
+        raise DataError(
+            f"{path}: cannot be read ({first})"
+            "; expected a Parquet file; save it anew, or give another path"
+        ) from None
     for number, row in enumerate(values, 1):
         yield row, f"{path}:{number}"
 
@@ -80,7 +86,9 @@ def _jsonl(text: str, path: str) -> Iterator[Row]:
         try:
             yield _object(json.loads(line), where), where
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not valid JSON ({error})") from None
+            raise DataError(
+                f"{where}: not valid JSON ({error}); mend the row, or remove it"
+            ) from None
 
 
 def _json(text: str, path: str) -> Iterator[Row]:
@@ -97,7 +105,9 @@ def _json(text: str, path: str) -> Iterator[Row]:
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not valid JSON ({error})") from None
+            raise DataError(
+                f"{where}: not valid JSON ({error}); mend the row, or remove it"
+            ) from None
         yield _object(value, where), where
         position = _skip(text, position)
         if text[position : position + 1] == ",":
@@ -107,7 +117,10 @@ def _json(text: str, path: str) -> Iterator[Row]:
     end = _skip(text, position + 1)
     if end < len(text):
         line = 1 + text.count("\n", 0, end)
-        raise DataError(f"{path}:{line}: something stands behind the end of the array")
+        raise DataError(
+            f"{path}:{line}: something stands behind the end of the array"
+            "; remove it, or write one object a line"
+        )
 
 
 def _objects(text: str, path: str) -> Iterator[Row]:
@@ -120,7 +133,9 @@ def _objects(text: str, path: str) -> Iterator[Row]:
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not valid JSON ({error})") from None
+            raise DataError(
+                f"{where}: not valid JSON ({error}); mend the row, or remove it"
+            ) from None
         yield _object(value, where), where
         position = _skip(text, position)
 
@@ -141,10 +156,15 @@ def _csv(text: str, path: str) -> Iterator[Row]:
                     raise DataError(f"{where}: a column's name stands twice")
                 continue
             if len(values) != len(header):
-                raise DataError(f"{where}: the row has another number of columns than the header")
+                raise DataError(
+                    f"{where}: the row has another number of columns than the header"
+                    f": {len(values)}, expected {len(header)}; mend the row, or quote its commas"
+                )
             yield dict(zip(header, values, strict=True)), where
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: not valid CSV ({error})") from None
+        raise DataError(
+            f"{path}:{line}: not valid CSV ({error}); mend the row, or save the file anew"
+        ) from None
 
 
 def _skip(text: str, position: int) -> int:

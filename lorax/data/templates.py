@@ -48,6 +48,7 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE_CHARACTERS:
             raise TemplateError(
                 f"chat template: {len(source)} characters; at most {MAX_SOURCE_CHARACTERS}"
+                "; give a shorter one"
             )
         self.source = source
 
@@ -98,7 +99,10 @@ class _Worker:
                 process.stdin.write(json.dumps(question) + "\n")
                 process.stdin.flush()
             except (TypeError, ValueError, RecursionError) as error:
-                raise TemplateError(f"chat template: not plain data ({error})") from None
+                raise TemplateError(
+                    f"chat template: not plain data ({error})"
+                    "; give text, numbers, lists and objects only"
+                ) from None
             except OSError:
                 return self._stopped("its process ended")
             try:
@@ -126,7 +130,10 @@ class _Worker:
             )
             assert self._process.stdout is not None
             if self._process.stdout.readline() != "ready\n":
-                raise TemplateError("chat template: the rendering process did not start")
+                raise TemplateError(
+                    "chat template: the rendering process did not start"
+                    "; free some memory and try again"
+                )
         return self._process
 
     def _stopped(self, reason: str) -> dict[str, Any]:

@@ -96,7 +96,10 @@ class Tokenizer:
         try:
             ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:  # the library's word for a text that UTF-8 cannot write
-            raise UsageError("a text with half of a surrogate pair cannot be encoded") from None
+            raise UsageError(
+                "a text with half of a surrogate pair cannot be encoded"
+                "; remove the half from the text"
+            ) from None
         bos = self.bos_token_id
         if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
             return ids[1:]

@@ -119,7 +119,9 @@ def alternating(layers: int, period: int) -> tuple[str, ...]:
 def read_gemma(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields that Gemma 2 and 3 share."""
     if values["use_bidirectional_attention"] not in (None, False):
-        raise UnsupportedModel(f"{where}: use_bidirectional_attention is not covered")
+        raise UnsupportedModel(
+            f"{where}: use_bidirectional_attention is not covered; choose a model without it"
+        )
     values = {**values, "hidden_act": values["hidden_activation"]}
     caps = {
         key: None if values[key] is None else number(values, key, where)

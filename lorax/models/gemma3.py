@@ -78,15 +78,27 @@ def _read_ropes(values: dict[str, Any], where: str) -> dict[str, Any]:
     nested = values.get("rope_parameters")
     nested = {} if nested is None else nested
     if not isinstance(nested, dict):
-        raise FormatError(f"{where}: rope_parameters must be an object, found {nested!r}")
+        raise FormatError(
+            f"{where}: rope_parameters must be an object, found {nested!r}"
+            "; mend it, or get the config anew"
+        )
     full, sliding = (nested.get(kind) or {} for kind in (FULL, SLIDING))
     if not isinstance(full, dict) or not isinstance(sliding, dict):
-        raise FormatError(f"{where}: rope_parameters must hold an object for each kind of layer")
+        raise FormatError(
+            f"{where}: rope_parameters must hold an object for each kind of layer"
+            f"; mend {FULL} and {SLIDING}"
+        )
     if sliding.get("rope_type", sliding.get("type", "default")) != "default":
-        raise UnsupportedModel(f"{where}: stretched rotations in {SLIDING} are not covered")
+        raise UnsupportedModel(
+            f"{where}: stretched rotations in {SLIDING} are not covered"
+            "; expected rope_type default there"
+        )
     stated = values.get("rope_scaling")
     if stated is not None and not isinstance(stated, dict):
-        raise FormatError(f"{where}: rope_scaling must be an object, found {stated!r}")
+        raise FormatError(
+            f"{where}: rope_scaling must be an object, found {stated!r}"
+            "; mend it, or get the config anew"
+        )
     theta = {"rope_theta": values["rope_theta"]}
     scaling = {"rope_type": full.get("type", "default"), **theta, **full, **(stated or {})}
     if stated and "type" in stated and "rope_type" not in stated:

@@ -71,9 +71,14 @@ class GPT2Config(ModelConfig):
         width = size(values, "n_embd", where)
         heads = size(values, "n_head", where)
         if width % heads:
-            raise FormatError(f"{where}: n_embd {width} is no multiple of n_head {heads}")
+            raise FormatError(
+                f"{where}: n_embd {width} is no multiple of n_head {heads}"
+                "; mend the config, or get it anew"
+            )
         if flag(values, "add_cross_attention", where):
-            raise UnsupportedModel(f"{where}: add_cross_attention is not covered")
+            raise UnsupportedModel(
+                f"{where}: add_cross_attention is not covered; choose a model without it"
+            )
         by_layer = "scale_attn_by_inverse_layer_idx"
         return cls(
             vocab_size=size(values, "vocab_size", where),

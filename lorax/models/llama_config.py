@@ -258,7 +258,7 @@ def read_layer_types(values: dict[str, Any], where: str) -> tuple[str, ...] | No
     ):
         raise FormatError(
             f"{where}: layer_types must be {layers} words, {SLIDING!r} or {FULL!r}; "
-            f"found {found!r:.80}"
+            f"found {found!r:.80}; mend the config, or get it anew"
         )
     return tuple(found)
 

@@ -32,11 +32,11 @@ def read_rope(values: dict[str, Any], head_dim: int, where: str) -> dict[str, An
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise FormatError(f"{where}: rope_scaling must be an object, found {rope!r}")
+        raise FormatError(f"{where}: rope_scaling must be an object, found {rope!r}; mend it")
     kind = _kind(rope, ROPE_TYPES, where)
     part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if kind != "default" and part not in (None, 1.0):  # "default" does not look at it
-        raise UnsupportedModel(f"{where}: partial_rotary_factor {part!r} is not covered")
+        raise UnsupportedModel(f"{where}: partial_rotary_factor {part!r} is not covered; 1.0 is")
     holder = rope if "rope_theta" in rope else {"rope_theta": 10000.0, **values}
     theta = number(holder, "rope_theta", where)
     result: dict[str, Any] = {"rope_theta": theta}
@@ -68,7 +68,7 @@ def read_longrope(values: dict[str, Any], head_dim: int, where: str) -> dict[str
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise FormatError(f"{where}: rope_scaling must be an object, found {rope!r}")
+        raise FormatError(f"{where}: rope_scaling must be an object, found {rope!r}; mend it")
     kind = _kind(rope, ("default", "longrope", "su", "yarn"), where)
     part = number({"partial_rotary_factor": 1.0, **values, **rope}, "partial_rotary_factor", where)
     holder = rope if "rope_theta" in rope else {"rope_theta": 10000.0, **values}

@@ -58,7 +58,10 @@ class RankAllocator:
         if not isinstance(config, AdaLoRAConfig):
             raise AdapterError(f"the model's adapter is {config.peft_type}; expected ADALORA")
         if config.rank_pattern is not None:
-            raise AdapterError("the adapter's ranks are settled: its rank_pattern is there")
+            raise AdapterError(
+                "the adapter's ranks are settled: its rank_pattern is there"
+                "; for other ranks start a new AdaLoRA"
+            )
         config.check_that_ranks_fall()
         self.model = model
         self.config = config
@@ -199,7 +202,10 @@ def fold_into_lora(model: nn.Module) -> None:
     kept = {name: layer.lora_E.detach()[:, 0] != 0 for name, layer in layers.items()}
     ranks = {name: int(mask.sum()) for name, mask in kept.items() if mask.any()}
     if not ranks:
-        raise AdapterError("the model's adapter is no AdaLoRA, or no layer has a rank left")
+        raise AdapterError(
+            "the model's adapter is no AdaLoRA, or no layer has a rank left"
+            "; give a model with a trained AdaLoRA"
+        )
     if any(layer.merged is not None for layer in layers.values()):
         raise AdapterError("the adapter is merged; unmerge_adapter(model) first")
     for name, layer in layers.items():

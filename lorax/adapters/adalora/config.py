@@ -60,7 +60,9 @@ class AdaLoRAConfig(LoRAConfig):
         self._settle_keywords()
         for key, rest in _NOT_FOR_ADALORA.items():
             if getattr(self, key) != rest:
-                raise AdapterError(f"{key} = {getattr(self, key)!r} does not go with AdaLoRA")
+                raise AdapterError(
+                    f"{key} = {getattr(self, key)!r} does not go with AdaLoRA; leave it out"
+                )
         check_rank("init_r", self.init_r)
         check_rank("target_r", self.target_r)
         super().__post_init__()
@@ -114,7 +116,7 @@ class AdaLoRAConfig(LoRAConfig):
         if self.target_r >= self.init_r:
             raise AdapterError(
                 f"target_r {self.target_r} is not below init_r {self.init_r}: "
-                "the ranks would never change"
+                "the ranks would never change; give a smaller target_r"
             )
         if self.last_allocation < 2:
             raise AdapterError(
@@ -143,9 +145,13 @@ class AdaLoRAConfig(LoRAConfig):
         if self.total_step is None or self.total_step < 1:
             raise AdapterError(
                 f"total_step is {self.total_step!r}; AdaLoRA needs the run's optimizer steps"
+                "; give their number, 1 or more"
             )
         if self.tinit < 0 or self.tfinal < 0 or self.deltaT < 1:
-            raise AdapterError("tinit and tfinal begin at 0, deltaT at 1")
+            raise AdapterError(
+                "tinit and tfinal begin at 0, deltaT at 1"
+                f"; found {self.tinit}, {self.tfinal} and {self.deltaT}"
+            )
         if self.tinit >= self.last_allocation:
             raise AdapterError(
                 f"tinit {self.tinit} and tfinal {self.tfinal} leave none of {self.total_step} "

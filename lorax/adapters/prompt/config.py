@@ -63,9 +63,14 @@ class PromptTuningConfig(AdapterConfig):
             )
         has_text = bool(self.prompt_tuning_init_text)
         if self.prompt_tuning_init == "TEXT" and not has_text:
-            raise AdapterError("prompt_tuning_init = 'TEXT' needs a prompt_tuning_init_text")
+            raise AdapterError(
+                "prompt_tuning_init = 'TEXT' needs a prompt_tuning_init_text"
+                "; give one, or start from 'RANDOM'"
+            )
         if self.tokenizer_kwargs and self.prompt_tuning_init != "TEXT":
-            raise AdapterError("tokenizer_kwargs go with prompt_tuning_init = 'TEXT' only")
+            raise AdapterError(
+                "tokenizer_kwargs go with prompt_tuning_init = 'TEXT' only; leave them out"
+            )
         if self.num_transformer_submodules not in (None, 1):
             raise AdapterError(
                 f"num_transformer_submodules is {self.num_transformer_submodules!r}; lorax covers "
@@ -100,9 +105,15 @@ class PromptTuningConfig(AdapterConfig):
                 continue
             kind: Any = types.get(key, str | None if key in text else int | None)
             if not isinstance(value, kind):
-                raise AdapterError(f"{where}: {key} = {value!r} has the wrong type")
+                raise AdapterError(
+                    f"{where}: {key} = {value!r} has the wrong type"
+                    f"; expected {getattr(kind, '__name__', kind)}"
+                )
         if "num_virtual_tokens" not in values:
-            raise AdapterError(f"{where}: num_virtual_tokens is missing")
+            raise AdapterError(
+                f"{where}: num_virtual_tokens is missing"
+                "; expected a whole number, that of the prompt's rows"
+            )
         return cls(**{key: value for key, value in values.items() if key in known})
 
 

@@ -73,6 +73,7 @@ class PromptTuning(AdapterLayer):
         """There is none; asked for in order to merge, it says why that does not work."""
         raise AdapterError(
             "a tuned prompt can not be merged: it is an input, and no weight of the model holds it"
+            "; keep it as an adapter"
         )
 
 
@@ -101,7 +102,7 @@ def insert_prompt(model: nn.Module, config: PromptTuningConfig) -> None:
     if config.num_virtual_tokens >= room:
         raise AdapterError(
             f"num_virtual_tokens {config.num_virtual_tokens} leaves no position for a token: "
-            f"the model has {room}"
+            f"the model has {room}; give fewer"
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -118,7 +119,10 @@ def prompt_layer(model: nn.Module) -> PromptTuning:
     """The model's prompt."""
     prefix = _body(model).prefix
     if not isinstance(prefix, PromptTuning):
-        raise AdapterError("the model has no tuned prompt")
+        raise AdapterError(
+            "the model has no tuned prompt"
+            "; add_adapter(model, config) with a PromptTuningConfig comes first"
+        )
     return prefix
 
 
@@ -140,11 +144,11 @@ def _start(model: nn.Module, config: PromptTuningConfig, tokenizer: Encodes | No
     assert config.prompt_tuning_init_text is not None
     words = tokenizer.encode(config.prompt_tuning_init_text)
     if not words:
-        raise AdapterError("prompt_tuning_init_text has no token")
+        raise AdapterError("prompt_tuning_init_text has no token; give a text with some words")
     if max(words) >= embedding.weight.shape[0]:
         raise AdapterError(
             f"prompt_tuning_init_text has token {max(words)}, but the model's embedding has "
-            f"{embedding.weight.shape[0]} rows"
+            f"{embedding.weight.shape[0]} rows; give the tokenizer of this model"
         )
     ids = torch.tensor((words * (count // len(words) + 1))[:count], device=device)
     return _body(model).scaled(embedding.weight.detach()[ids]).float()
@@ -162,7 +166,7 @@ def _with_sizes(model: nn.Module, config: PromptTuningConfig) -> PromptTuningCon
         if getattr(config, key) not in (None, value):
             raise AdapterError(
                 f"{key} is {getattr(config, key)}, but the model's is {value}: "
-                "the prompt belongs to another model"
+                "the prompt belongs to another model; give the model that it was trained on"
             )
     return dataclasses.replace(config, **found, num_transformer_submodules=1)
 
@@ -170,7 +174,10 @@ def _with_sizes(model: nn.Module, config: PromptTuningConfig) -> PromptTuningCon
 def _language_model(model: nn.Module) -> Model:
     if not isinstance(model, Model):
         kind = type(model).__name__
-        raise AdapterError(f"prompt tuning is for language models; {kind} is none of lorax's")
+        raise AdapterError(
+            f"prompt tuning is for language models; {kind} is none of lorax's"
+            "; give a model that lorax loaded"
+        )
     return model
 
 
