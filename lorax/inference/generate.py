@@ -71,7 +71,7 @@ def stream(
     if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
         raise UsageError(
             f"temperature {temperature} (>= 0), top_p {top_p} (in (0, 1]) or max_new_tokens "
-            f"{max_new_tokens} (>= 0) is out of range"
+            f"{max_new_tokens} (>= 0) is out of range; give each a value within its bounds"
         )
     if max_new_tokens > room:
         log.warning(

@@ -64,8 +64,13 @@ def _is_nan(value: object) -> bool:
 def _check_comparable(one: Adapter, two: Adapter, where: str) -> None:
     common = [name for name in one.layers if name in two.layers]
     if not common:
-        raise AdapterError(f"{where} adapt no module in common")
+        raise AdapterError(
+            f"{where} adapt no module in common; give two that adapt the same modules"
+        )
     for name in common:
         if one.layers[name].shape != two.layers[name].shape:
             shapes = f"{one.layers[name].shape} and {two.layers[name].shape}"
-            raise AdapterError(f"{where}: {name} is {shapes}; they belong to different bases")
+            raise AdapterError(
+                f"{where}: {name} is {shapes}; they belong to different bases; "
+                "give two adapters of one base"
+            )

@@ -231,4 +231,6 @@ def write_html(report: DataReport, path: Path) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror})") from None
+        raise EnvironmentProblem(
+            f"{path}: cannot be written ({error.strerror}); give another path"
+        ) from None

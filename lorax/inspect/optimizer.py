@@ -89,7 +89,10 @@ def inspect_optimizer(path: str | Path) -> OptimizerReport:
     if path.is_file():
         return _report(path, path)
     if not path.is_dir():
-        raise EnvironmentProblem(f"{path}: no such file or directory")
+        raise EnvironmentProblem(
+            f"{path}: no such file or directory; give a run's directory, a checkpoint's, or a "
+            "state's file"
+        )
     if (path / METRICS).is_file():
         return _report(path, _newest_state(path), run=True)
     state_file = find_optimizer_state(path)
@@ -141,7 +144,9 @@ def _step_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: cannot be read ({error})") from None
+        raise FormatError(
+            f"{path}: cannot be read ({error}); expected the metrics of a run, in UTF-8"
+        ) from None
     complete = text[: text.rfind("\n") + 1]
     for number, content in enumerate(complete.splitlines(), 1):
         line = parse_json(content, f"{path}:{number}")

@@ -349,7 +349,9 @@ def sample(
         try:
             written = text.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise UsageError(f"{text}: cannot be read as text ({error})") from None
+            raise UsageError(
+                f"{text}: cannot be read as text ({error}); give a file of UTF-8 text"
+            ) from None
     start = tokenizer.encode("")  # a bos token, where the tokenizer sets one
     width = min(ROW_TOKENS, max_positions, max(tokens, len(start) + 1))
     step = width - len(start)
@@ -357,7 +359,7 @@ def sample(
     ids = tokenizer.encode(written[: 64 * tokens], add_special_tokens=False)
     step = min(step, len(ids))
     if step < 1:
-        raise UsageError(f"{text}: holds no text to measure on")
+        raise UsageError(f"{text}: holds no text to measure on; give a longer one")
     rows = [ids[i : i + step] for i in range(0, len(ids) - step + 1, step)]
     return torch.tensor([[*start, *row] for row in rows[: max(1, tokens // width)]])
 

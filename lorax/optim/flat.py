@@ -305,7 +305,7 @@ def check_parameter(parameter: nn.Parameter) -> None:
     if not parameter.is_floating_point():
         raise UsageError(
             f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; "
-            "lorax's optimizers step floating-point parameters only"
+            "lorax's optimizers step floating-point parameters only; leave it out of the groups"
         )
     if parameter.grad is not None and parameter.grad.layout != torch.strided:
         raise UsageError(

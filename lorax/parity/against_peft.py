@@ -326,7 +326,7 @@ def load_peft(
     """
     for file in (CONFIG, TENSORS):
         if not (adapter / file).is_file():
-            raise FormatError(f"{adapter}: no {file}")
+            raise FormatError(f"{adapter}: no {file}; expected a PEFT adapter directory")
     if read_json(adapter / CONFIG).get("megatron_config") is not None:
         raise AdapterError(f"{adapter / CONFIG}: megatron_config; PEFT would import what it names")
     with _quiet(), warnings.catch_warnings(record=True) as caught:

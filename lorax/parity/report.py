@@ -225,7 +225,9 @@ class Report:
         try:
             path.write_text(page, encoding="utf-8")
         except OSError as error:
-            raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror})") from None
+            raise EnvironmentProblem(
+                f"{path}: cannot be written ({error.strerror}); give another path"
+            ) from None
 
 
 def _where(first: dict[str, str]) -> str:

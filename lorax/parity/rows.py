@@ -32,7 +32,8 @@ def batch(
         raise UsageError(f"the text has {len(ids)} tokens; expected at least 2")
     if max(ids) >= model.config.vocab_size:
         raise DataError(
-            f"the tokenizer gives token {max(ids)}; the model has {model.config.vocab_size}"
+            f"the tokenizer gives token {max(ids)}; the model has {model.config.vocab_size}; "
+            "put the tokenizer that the model was saved with into its directory"
         )
     return torch.tensor(ids[: rows * width]).view(rows, width)
 

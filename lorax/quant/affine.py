@@ -165,11 +165,14 @@ def from_state_dict(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Affine
         zeros = take(tensors, "weight.zero_points", torch.int8, (blocks,))
         limit = 2 ** (bits - 1)
         if blocks and not -limit <= int(zeros.min()) <= int(zeros.max()) < limit:
-            raise QuantizationError(f"weight.zero_points: outside int{bits}'s signed range")
+            raise QuantizationError(
+                f"weight.zero_points: outside int{bits}'s signed range; "
+                f"expected {-limit} to {limit - 1}"
+            )
     packed = take(tensors, "weight", kind, (size,))
     scales = take(tensors, "weight.scales", torch.float32, (blocks,))
     if not torch.isfinite(scales).all():
-        raise QuantizationError("weight.scales: a scale is not finite")
+        raise QuantizationError("weight.scales: a scale is not finite; quantize the weight anew")
     return AffineTensor(packed, scales, zeros, bits, block_size, shape, dtype)
 
 
@@ -182,7 +185,9 @@ def _read_state(text: Tensor, name: str) -> tuple[torch.Size, int, torch.dtype]:
             raise ValueError(f"shape {list(shape)}")
         return shape, block_size, _DTYPES[state["dtype"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise QuantizationError(f"{name}: not a state of lorax's ({error!r})") from None
+        raise QuantizationError(
+            f"{name}: not a state of lorax's ({error!r}); get the file anew, or quantize anew"
+        ) from None
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

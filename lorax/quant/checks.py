@@ -77,7 +77,9 @@ def take(
 ) -> Tensor:
     """tensors[name]; QuantizationError if it is missing or has another dtype or shape."""
     if name not in tensors:
-        raise QuantizationError(f"{name} is missing; found {sorted(tensors)}")
+        raise QuantizationError(
+            f"{name} is missing; found {sorted(tensors)}; get the file anew, or quantize anew"
+        )
     tensor = tensors[name]
     if tensor.dtype != dtype or tensor.shape != shape:
         raise QuantizationError(

@@ -124,7 +124,8 @@ def quantize(
         raise QuantizationError(f"{name}: format {format!r} is unknown; expected {FORMAT!r}")
     if weight.dim() != 2:
         raise QuantizationError(
-            f"{name}: {FORMAT} needs a matrix (out, in), found {tuple(weight.shape)}"
+            f"{name}: {FORMAT} needs a matrix (out, in), found {tuple(weight.shape)}; "
+            "leave it as it is"
         )
     finite = check_source(weight, name, nonfinite)
     half = weight.detach().to(torch.float16)
@@ -159,11 +160,11 @@ def from_state_dict(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Int8Te
     if layout.numel() != 1 or layout.item() != 0:
         raise QuantizationError(
             f"weight_format: {layout.flatten().tolist()[:4]}; lorax reads 0, codes by rows, "
-            "which bitsandbytes has written since 0.45"
+            "which bitsandbytes has written since 0.45; quantize the weight anew"
         )
     scales = take(tensors, "SCB", torch.float32, codes.shape[:1])
     if not torch.isfinite(scales).all():
-        raise QuantizationError("SCB: a scale is not finite")
+        raise QuantizationError("SCB: a scale is not finite; quantize the weight anew")
     return Int8Tensor(codes.contiguous(), scales, dtype)
 
 

@@ -145,7 +145,8 @@ def unpack(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FourBitTensor:
     packed = _take(tensors, "weight").contiguous().flatten().view(torch.uint8)
     if packed.numel() != (n + 1) // 2:
         raise QuantizationError(
-            f"weight: {packed.numel()} bytes, but shape {list(shape)} needs {(n + 1) // 2}"
+            f"weight: {packed.numel()} bytes, but shape {list(shape)} needs {(n + 1) // 2}; "
+            "get the file anew, or quantize anew"
         )
     code = codebooks.four_bit(state["quant_type"])
     _check_code(_take(tensors, "weight.quant_map"), code, "weight.quant_map")
@@ -192,15 +193,22 @@ def _read_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             and math.isfinite(state.get("nested_offset", 0.0))
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise QuantizationError(f"{found[0]}: not a bitsandbytes state ({error!r})") from None
+        raise QuantizationError(
+            f"{found[0]}: not a bitsandbytes state ({error!r}); get the file anew, or quantize anew"
+        ) from None
     if not valid:
-        raise QuantizationError(f"{found[0]}: values that lorax does not read: {state}")
+        raise QuantizationError(
+            f"{found[0]}: values that lorax does not read: {state}; "
+            "expected those that bitsandbytes writes"
+        )
     return {**state, "shape": shape, "blocksize": block_size}
 
 
 def _take(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
-        raise QuantizationError(f"{name} is missing; found {sorted(tensors)}")
+        raise QuantizationError(
+            f"{name} is missing; found {sorted(tensors)}; get the file anew, or quantize anew"
+        )
     return tensors[name]
 
 
@@ -215,4 +223,6 @@ def _sized(tensors: Mapping[str, Tensor], name: str, size: int, dtype: torch.dty
 
 def _check_code(found: Tensor, expected: Tensor, name: str) -> None:
     if found.dtype != torch.float32 or not torch.equal(found.cpu().flatten(), expected):
-        raise QuantizationError(f"{name}: not the table that the format defines")
+        raise QuantizationError(
+            f"{name}: not the table that the format defines; get the file anew, or quantize anew"
+        )

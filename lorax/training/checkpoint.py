@@ -109,18 +109,29 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST)
     stated = manifest.pop("sha256", None)
     if stated != _check_value(manifest):
-        raise FormatError(f"{path / MANIFEST}: does not match its own check value; it is damaged")
+        raise FormatError(
+            f"{path / MANIFEST}: does not match its own check value; it is damaged; "
+            "expected it as the run wrote it"
+        )
     files = manifest.get("files")
     if not isinstance(files, dict) or directory_of(manifest["step"]) != path.name:
-        raise FormatError(f"{path / MANIFEST}: is not the manifest of {path.name}")
+        raise FormatError(
+            f"{path / MANIFEST}: is not the manifest of {path.name}; "
+            "expected the directory under the name that the run gave it"
+        )
     there = {file.name for file in path.iterdir()} - {MANIFEST}
     if there != set(files):
         odd = min(there ^ set(files))
-        raise FormatError(f"{path}: {odd} is in the manifest or in the directory only")
+        raise FormatError(
+            f"{path}: {odd} is in the manifest or in the directory only; expected it in both"
+        )
     for name, entry in files.items():
         file = path / name
         if file.stat().st_size != entry["bytes"] or _digest(file) != entry["sha256"]:
-            raise FormatError(f"{file}: is not what was written (other bytes); it is damaged")
+            raise FormatError(
+                f"{file}: is not what was written (other bytes); it is damaged; "
+                "expected it as the run wrote it"
+            )
     return manifest
 
 

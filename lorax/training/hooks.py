@@ -124,7 +124,7 @@ def check_hooks(names: list[str]) -> None:
                 "plugins, or with --plugin"
             )
         if names.count(name) > 1:
-            raise RecipeError(f"train.hooks: {name!r} stands there twice")
+            raise RecipeError(f"train.hooks: {name!r} stands there twice; name it once")
 
 
 def with_hooks(

@@ -92,7 +92,9 @@ def read_metrics(path: Path) -> list[Line]:
     try:
         return [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: cannot be read ({error})") from None
+        raise FormatError(
+            f"{path}: cannot be read ({error}); expected one JSON object a line"
+        ) from None
 
 
 def draw_loss(lines: Sequence[Line], path: Path, warn: bool = True) -> None:

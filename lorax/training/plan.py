@@ -80,7 +80,10 @@ def held_out(rows: int, recipe: Recipe) -> list[int]:
         return []
     count = max(1, round(rows * recipe.data.eval_fraction))
     if count >= rows:
-        raise RecipeError(f"data.eval_fraction leaves none of {rows} rows to train on")
+        raise RecipeError(
+            f"data.eval_fraction leaves none of {rows} rows to train on; "
+            "give a smaller fraction, or more rows"
+        )
     return sorted(epoch_order(rows, recipe.train.seed, _NO_EPOCH, shuffle=True)[:count])
 
 

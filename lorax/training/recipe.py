@@ -353,7 +353,7 @@ class Recipe(Section):
         if not self.variant.has_b and self.train.lora_plus_ratio:
             raise RecipeError(
                 f"{where}: train.lora_plus_ratio goes with LoRA's A and B; "
-                f"adapter.method = {self.adapter.method!r} has none"
+                f"adapter.method = {self.adapter.method!r} has none; leave it out"
             )
         if self.train.micro_batch_size > self.train.batch_size:
             raise RecipeError(

@@ -115,7 +115,10 @@ def restore(path: Path, live: Live, rows_digest: str) -> None:
     """
     state = read_json(path / "state.json")
     if state.get("format") != FORMAT:
-        raise FormatError(f"{path}: format {state.get('format')!r}; this lorax reads {FORMAT}")
+        raise FormatError(
+            f"{path}: format {state.get('format')!r}; this lorax reads {FORMAT}; "
+            "resume with the lorax that wrote it, or begin anew in another train.output_dir"
+        )
     if state["rows"] != rows_digest:
         raise FormatError(
             f"{path}: the rows are not those that the run was begun with; give data.path its old "
@@ -139,7 +142,10 @@ def copy_tensors(found: dict[str, Tensor], model: Model, where: str) -> None:
     mine = trained_tensors(model)
     odd = sorted(set(found) ^ set(mine))
     if odd:
-        raise FormatError(f"{where}: {odd[0]} is trained in the checkpoint or in the run only")
+        raise FormatError(
+            f"{where}: {odd[0]} is trained in the checkpoint or in the run only; "
+            "resume with the recipe that the run began with"
+        )
     for name, tensor in mine.items():
         if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
             raise FormatError(
