@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorax.adapters.config_keys import NOT_COVERED, PeftKeywords, check_unknown, log
+from lorax.adapters.config_keys import NOT_COVERED, PeftKeywords, check_unknown, log, opening_with
 from lorax.errors import AdapterError
 
 # What PEFT adapts where target_modules is not given, by model type.
@@ -125,7 +125,8 @@ class LoRAConfig(PeftKeywords):
             if values.get(key):
                 raise AdapterError(f"{where}: {key} = {values[key]!r} is not covered by lorax")
         check_unknown(values, known, where)
-        return cls(**{key: value for key, value in values.items() if key in known})
+        with opening_with(where):
+            return cls(**{key: value for key, value in values.items() if key in known})
 
     @property
     def starts_inside(self) -> bool:

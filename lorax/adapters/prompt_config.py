@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorax.adapters.config_keys import check_unknown
+from lorax.adapters.config_keys import check_unknown, opening_with
 from lorax.errors import AdapterError
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
@@ -90,4 +90,5 @@ class PromptTuningConfig:
                 raise AdapterError(f"{where}: {key} = {value!r} has the wrong type")
         if "num_virtual_tokens" not in values:
             raise AdapterError(f"{where}: num_virtual_tokens is missing")
-        return cls(**{key: value for key, value in values.items() if key in known})
+        with opening_with(where):
+            return cls(**{key: value for key, value in values.items() if key in known})
