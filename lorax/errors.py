@@ -59,7 +59,7 @@ def require(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = getattr(error, "strerror", None) or error
         raise EnvironmentProblem(
-            f"{found}: cannot be read ({reason}); expected a path where something is: mend it"
+            f"{found}: cannot be read ({reason}); give a path that exists"
         ) from None
     return found
 

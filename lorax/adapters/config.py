@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from lorax.adapters.config_keys import NOT_COVERED, PeftKeywords, check_unknown
+from lorax.adapters.config_keys import NOT_COVERED, PeftKeywords, check_unknown, opening_with
 from lorax.adapters.matching import matches_end, matches_module, matches_whole, number_behind
 from lorax.errors import AdapterError
 
@@ -102,7 +102,8 @@ class LoRAConfig(PeftKeywords):
             if values.get(key):
                 raise AdapterError(f"{where}: {key} = {values[key]!r} is not covered by lorax")
         check_unknown(values, known, where)
-        return cls(**{key: value for key, value in values.items() if key in known})
+        with opening_with(where):
+            return cls(**{key: value for key, value in values.items() if key in known})
 
     @property
     def starts_inside(self) -> bool:

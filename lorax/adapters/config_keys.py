@@ -16,7 +16,8 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -159,6 +160,15 @@ def check_unknown(values: Mapping[str, Any], known: Collection[str], where: str)
         passed.append(key)
     if passed:
         log.warning("%s: %s: no keys of PEFT's, passed over", where, ", ".join(sorted(passed)))
+
+
+@contextmanager
+def opening_with(where: str) -> Iterator[None]:
+    """A value that is refused in here is named with its place."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"{where}: {error}") from None
 
 
 def _is_empty(value: Any) -> bool:

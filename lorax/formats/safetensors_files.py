@@ -128,9 +128,9 @@ def _hint(directory: Path, name: str) -> str:
     what = f"{pickles[0]} is a pickle" if pickles else "pytorch_model.bin would be a pickle"
     return (
         f"; {what}, which lorax does not open because it can run code. If you trust it, let "
-        "transformers convert it: from transformers import AutoModelForCausalLM, AutoTokenizer; "
-        f"AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained('converted'); "
-        f"AutoTokenizer.from_pretrained({name!r}).save_pretrained('converted')"
+        f"transformers convert it: import transformers as hf; path = {name!r}; "
+        "[auto.from_pretrained(path).save_pretrained('converted') "
+        "for auto in (hf.AutoModelForCausalLM, hf.AutoTokenizer)]"
     )
 
 

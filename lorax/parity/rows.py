@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorax.data.docstrings import HELD_OUT_MODULES, pairs
 from lorax.data.tokenizer import Tokenizer
+from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import DataError, UsageError, require
 from lorax.models import Model
 
@@ -30,11 +31,7 @@ def batch(
     rows = len(ids) // width if width else 0
     if width < 2:
         raise UsageError(f"the text has {len(ids)} tokens; expected at least 2")
-    if max(ids) >= model.config.vocab_size:
-        raise DataError(
-            f"the tokenizer gives token {max(ids)}; the model has {model.config.vocab_size}; "
-            "put the tokenizer that the model was saved with into its directory"
-        )
+    check_vocabulary(ids, model.config.vocab_size, tokenizer)
     return torch.tensor(ids[: rows * width]).view(rows, width)
 
 

@@ -385,7 +385,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise RecipeError(f"--{key}: {section} is no table")
+            raise RecipeError(f"--{key}: {section} is no table; expected --section.key value")
     values[last] = value
 
 

@@ -317,7 +317,7 @@ def test_renderings_do_not_grow_with_the_turns(template, monkeypatch):
 
 
 def instructions(work) -> int:
-    """How many instructions of Python lorax's files execute in it: the same everywhere."""
+    """How many of Python's instructions lorax executes in it, the same on any machine."""
     count = 0
 
     def counted(frame, event, _):

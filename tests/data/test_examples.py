@@ -16,7 +16,7 @@ from lorax.data.examples import (
     Example,
     load_examples,
 )
-from lorax.errors import DataError, FormatError
+from lorax.errors import DataError, EnvironmentProblem, FormatError
 
 BOS, EOS, PAD, IM_START, IM_END = range(len(SPECIAL))
 CONVERSATION = [
@@ -435,7 +435,7 @@ def test_a_file_without_rows_is_an_error(tmp_path, name, content, words):
 
 
 def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(EnvironmentProblem, match=r"none.jsonl: cannot be read \(No such file"):
         load_examples(tmp_path / "none.jsonl", byte_tokenizer(), 100)
 
 

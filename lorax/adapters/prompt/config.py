@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lorax.adapters.config_keys import AdapterConfig, check_unknown
+from lorax.adapters.config_keys import AdapterConfig, check_unknown, opening_with
 from lorax.adapters.variants import Variant, register_variant
 from lorax.errors import AdapterError
 
@@ -114,7 +114,8 @@ class PromptTuningConfig(AdapterConfig):
                 f"{where}: num_virtual_tokens is missing"
                 "; expected a whole number, that of the prompt's rows"
             )
-        return cls(**{key: value for key, value in values.items() if key in known})
+        with opening_with(where):
+            return cls(**{key: value for key, value in values.items() if key in known})
 
 
 register_variant(
