@@ -16,6 +16,7 @@ from lorax.adapters.attached import adapter_layers
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.modules_to_save import replaced_parameters
+from lorax.adapters.variants import resolved, variant_of
 from lorax.errors import AdapterError
 from lorax.formats.peft_directory import PREFIX
 from lorax.formats.safetensors_files import FLOATS
@@ -126,8 +127,12 @@ def base_copies(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
         targets = [name.rpartition(".")[2] for name in layers]
     if config.trainable_token_indices or not any(name in targets for name in known):
         return {}
+    kind = resolved(variant_of(config).layer)  # of the form that is written, plain or not
+    moves = kind is not None and kind.moves_base
     return {
-        f"{PREFIX}{name}.base_layer.weight": layers[name].stored_base().clone()
+        f"{PREFIX}{name}.base_layer.weight": (
+            layers[name].stored_base() if moves else layers[name].base_weight()
+        ).clone()
         for name in table_paths(model)
         if name in layers and isinstance(layers[name].base_layer, nn.Linear | nn.Embedding)
     }

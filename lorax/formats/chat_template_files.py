@@ -54,7 +54,8 @@ def write_chat_templates(templates: Mapping[str, str], directory: Path) -> None:
 
 def _read(path: Path) -> str:
     try:
-        return read_bounded(path, MAX_BYTES).decode("utf-8")
+        text = read_bounded(path, MAX_BYTES).decode("utf-8")
+        return text.replace("\r\n", "\n").replace("\r", "\n")  # as text files are read
     except UnicodeDecodeError as error:
         raise FormatError(
             f"{path}: not UTF-8 ({error}); save it as UTF-8, or get it anew"

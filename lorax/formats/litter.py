@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Those of this process: a write inside one may put another directory in its place, without lock.
+_ours: set[Path] = set()
+
 
 @contextmanager
 def hidden_directory(name: str, home: Path) -> Iterator[Path]:
@@ -23,11 +26,14 @@ def hidden_directory(name: str, home: Path) -> Iterator[Path]:
     """
     prefix = f".tmp-{name[:100]}-"
     for old in home.glob(f"{glob.escape(prefix)}*"):
-        _remove_if_left(old)
+        if old not in _ours:
+            _remove_if_left(old)
     directory, lock = _locked(prefix, home)
+    _ours.add(directory)
     try:
         yield directory
     finally:
+        _ours.discard(directory)
         shutil.rmtree(directory, ignore_errors=True)
         if lock is not None:
             os.close(lock)

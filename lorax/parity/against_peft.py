@@ -339,6 +339,10 @@ def load_peft(
         )
         if rows is not None:
             base_model.resize_token_embeddings(rows)
+        for module in base_model.modules():  # Gemma's: a buffer that was rounded with the weights
+            scale = getattr(module, "scalar_embed_scale", None)
+            if scale is not None:
+                module.embed_scale = torch.tensor(scale, dtype=DTYPE)
         for parameter in base_model.parameters():
             if parameter.is_floating_point():  # in 4-bit files some stay 16-bit, whatever is asked
                 parameter.data = parameter.data.to(DTYPE)

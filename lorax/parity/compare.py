@@ -21,6 +21,7 @@ from torch import Tensor
 from lorax.adapters.attached import adapter_config
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.matching import matches_end
+from lorax.adapters.tables import embedding_path
 from lorax.parity import causes
 from lorax.parity.difference import (
     COMPUTED,
@@ -260,6 +261,10 @@ class _Comparison:
         one, other = (trace.outputs.get(path) for trace in self.traces)
         if one is None or other is None or one.numel() != other.numel():
             return
+        if one.dim() == 4 and one.shape != other.shape:  # Qwen 3's norms of heads: (B, T, H, D)
+            other = other.transpose(1, 2)
+        if path == embedding_path(self.mine.model):  # Gemma's scales its rows inside the module
+            one = self.mine.model.body.scaled(one)
         yield _computed(path, "output", "", difference(one, other.reshape(one.shape)))
 
     def _of_gradients(self, path: str) -> Iterator[Check]:

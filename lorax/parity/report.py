@@ -7,13 +7,13 @@ import io
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from rich import box
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from lorax.errors import EnvironmentProblem
 from lorax.parity.difference import Difference
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FINGERPRINT = "fingerprint"  # its refusal does not keep the two from being compared
 
@@ -271,6 +271,9 @@ def _by_module(checks: list[Check]) -> dict[str, list[Check]]:
 def table(report: Report) -> Table:
     """The totals for a terminal, a line a quantity."""
     columns = ("quantity", "parts", "equal", "fail", "relative", "bound", "max")
+    from rich import box
+    from rich.table import Table
+
     made = Table(
         *columns, title=f"lorax against {report.against}", title_justify="left", box=box.SIMPLE
     )

@@ -166,7 +166,11 @@ class LoraxSide(Side):
         self.name = "lorax"
         self.root = self.model = model
         self.layers = adapter_layers(model)
-        self.replaced = {p: r for r in replaced_parameters(model) for p in r.places}
+        # A table that came with the file is the base's now, as in PEFT.
+        own = [r for r in replaced_parameters(model) if r.trains]
+        self.replaced = {p: r for r in own for p in r.places}
+        self.taken = {PREFIX + p for r in replaced_parameters(model) for p in r.places}
+        self.taken -= {PREFIX + p for p in self.replaced}
 
     def is_adapted(self, module: nn.Module) -> bool:
         """An AdapterLayer, of whatever variant."""
@@ -179,7 +183,8 @@ class LoraxSide(Side):
 
     def named_tensors(self) -> dict[str, Tensor]:
         """As `save_adapter` writes them."""
-        return adapter_tensors(self.model)
+        named = adapter_tensors(self.model)
+        return {name: tensor for name, tensor in named.items() if name not in self.taken}
 
     def weight(self, base: nn.Module) -> Tensor:
         """As it is, or dequantized."""

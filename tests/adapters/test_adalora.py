@@ -22,6 +22,8 @@ from lorax.adapters.adalora.allocator import RankAllocator, fold_into_lora
 from lorax.adapters.adalora.layer import AdaLoRALinear
 from lorax.adapters.attached import adapter_config, adapter_layers
 from lorax.errors import AdapterError, FormatError, RecipeError
+from lorax.models.llama import Llama
+from lorax.models.llama_config import LlamaConfig
 from lorax.training.loss import summed_loss
 
 FLOAT32 = 1e-5
@@ -374,7 +376,7 @@ def fresh(**settings):
     torch.manual_seed(0)
     config = {"target_modules": ["q_proj", "v_proj", "up_proj"], "init_r": 4, "target_r": 1}
     base = llama()
-    model = lorax.models.Llama(lorax.formats.model_config.read_config(base.config.to_dict(), ""))
+    model = Llama(LlamaConfig.read(base.config.to_dict(), ""))
     model.load_state_dict(base.state_dict())
     lorax.add_adapter(model, lorax.AdaLoRAConfig(**{**config, **STEPS, **settings}))
     return model
@@ -540,11 +542,9 @@ def test_an_impossible_config_is_refused_by_name(values, word):
     [
         ({"total_step": None}, AdapterError, "total_step"),
         ({"total_step": "many"}, FormatError, "total_step"),
-        ({"rank_pattern": {"model.layers.7.x.lora_E": [True] * 4}}, AdapterError, "layers.7"),
         ({"rank_pattern": [3]}, FormatError, "rank_pattern"),
         ({"rank_pattern": None}, AdapterError, r"lora_A is \(3, 80\)"),
         ({"init_r": 5}, AdapterError, "booleans"),
-        ({"target_rank": 5}, AdapterError, "did you mean target_r"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_by_name(change, error, word, tmp_path):

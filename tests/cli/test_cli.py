@@ -152,8 +152,7 @@ def test_python_m_lorax_is_the_same_program():
     done = lorax_process("train", "nowhere.toml")
     assert done.returncode == 3
     assert done.stderr == (
-        "error: nowhere.toml: cannot be read (No such file or directory); "
-        "give the path of a TOML file\n"
+        "error: nowhere.toml: cannot be read (No such file or directory); give a path that exists\n"
     )
 
 

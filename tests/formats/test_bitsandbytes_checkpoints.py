@@ -600,7 +600,7 @@ def test_the_command_takes_a_gguf(smollm2_gguf, smollm2_tokenizer, tmp_path):
         (["--format", "nf3"], 2, "nf3"),
         (["--block-size", "65"], 2, "65"),
         (["--block-size", "0"], 2, "0"),
-        (["--format", "int8", "--block-size", "64"], 2, "a scale for each row"),
+        (["--format", "int8", "--block-size", "64"], 2, "per-row scales"),
         (["--format", "int4-affine"], 2, "bitsandbytes' layout"),
         (["--dtype", "float8"], 2, "float8"),
         (["--max-shard-bytes", "0"], 2, "max-shard-bytes"),

@@ -228,7 +228,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(fault, adapter):
         ({"peft_type": "LOHA"}, AdapterError, "LOHA"),
         ({"peft_type": "ADALORA"}, AdapterError, "total_step"),
         ({"bias": "some"}, AdapterError, "bias"),
-        ({"lora_alpha": "x"}, AdapterError, "lora_alpha"),
+        ({"lora_alpha": "x"}, FormatError, "lora_alpha"),
         ({"use_something_new": True}, AdapterError, "use_something_new"),
         ({"target_modules": ["qq_proj"]}, AdapterError, "qq_proj"),
         ({"target_modules": 7}, FormatError, "target_modules"),

@@ -22,5 +22,5 @@ def run_lorax(*arguments: Any, code: int = 0) -> str:
             cli.main()
     except SystemExit as stop:
         found = stop.code or 0
-    assert found == code, f"{' '.join(argv)}: exit code {found}\n{err.getvalue()}"
+    assert found == code, f"{' '.join(argv)}: exit code {found}\n{err.getvalue()}\n{out.getvalue()}"
     return out.getvalue()

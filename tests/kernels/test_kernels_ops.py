@@ -103,7 +103,7 @@ def test_importing_asks_cuda_nothing_and_brings_no_triton():
     """Neither lorax nor its operators import triton; kernels import torch and triton alone."""
     script = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/helpers")
 import kernel_testing
 def refuse(*a, **k): raise AssertionError("CUDA was asked")
 for name in ("init", "_lazy_init", "is_available", "current_device", "get_device_properties"):

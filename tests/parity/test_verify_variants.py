@@ -412,7 +412,7 @@ def drop_one(tensors):
 
 # what is done to it -> the module and part that are named, and words of the fingerprint
 EDITS = {
-    "alpha": ({"lora_alpha": 7}, Q0, "", "lora_alpha is 7.0, was 6.0"),
+    "alpha": ({"lora_alpha": 7}, Q0, "", "lora_alpha is 7, was 6"),
     "rslora": ({"use_rslora": True}, Q0, "", "use_rslora is True, was False"),
     "one layer's alpha": ({"alpha_pattern": {Q1: 7}}, Q1, "", "alpha_pattern is"),
     "swapped layers": (swap_layers, Q0, A, f"changed: base_model.model.{Q0}.{A}, "),

@@ -394,10 +394,10 @@ def test_what_is_no_file_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "kind", ["bert", "t5", "mixtral", "qwen3", "gemma", "", None, 3, ["llama"], {"a": 1}, "Llama"]
+    "kind", ["bert", "t5", "mixtral", "gemma", "", None, 3, ["llama"], {"a": 1}, "Llama"]
 )
 def test_an_unknown_model_type_is_refused_by_name(good, tmp_path, kind):
-    with pytest.raises(UnsupportedModel, match="lorax loads llama, mistral, gpt2") as caught:
+    with pytest.raises(UnsupportedModel, match="lorax loads llama, mistral, qwen2") as caught:
         lorax.load_model(changed(good, tmp_path, model_type=kind))
     assert repr(kind) in str(caught.value)
 
@@ -471,13 +471,10 @@ def test_an_adapter_that_asks_for_terabytes_allocates_nothing(good, tmp_path, ra
         {"r": None},
         {"lora_alpha": "2"},
         {"lora_dropout": "0"},
-        {"lora_dropout": None},
         {"lora_dropout": -1},
         {"peft_type": "IA3"},
         {"use_dora": True},
         {"bias": "some"},
-        {"bias": None},
-        {"unheard_of": 3},
     ],
 )
 def test_an_impossible_adapter_config_is_refused_and_the_model_is_as_it_was(

@@ -101,7 +101,7 @@ def rows(text, ending="jsonl"):
 
 
 REFUSED = {
-    "another architecture": config(model_type="qwen2"),
+    "another architecture": config(model_type="mixtral"),
     "another rotation of positions": config(rope_parameters={"rope_type": "longrope"}),
     "weights as a pickle": pickle,
     "a checkpoint of another quantizer": config(quantization_config={"quant_method": "gptq"}),
@@ -133,4 +133,4 @@ def test_it_is_refused_in_one_line(kind, model):
     message = str(caught.value)
     assert TABLE[kind] in message
     assert "\n" not in message
-    assert len(message) < 500
+    assert len(message) < 600

@@ -173,7 +173,7 @@ def test_what_a_method_lacks_is_named(changes, word):
 
 
 METHODS = {
-    "lora": ({"adapter__r": 4}, "LoRA of rank 4; the run leaves runs/first/adapter"),
+    "lora": ({"adapter__r": 4}, "LoRA of rank 4, lora_alpha 8; the run leaves runs/first/adapter"),
     "adalora": (
         {"adapter__tinit": 2, "adapter__tfinal": 3, "train__max_steps": 30},
         "AdaLoRA: from rank 12 to 8 on average, in steps 3 to 27; the run leaves",
