@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from lorax.models.activations import ACTIVATIONS
+from lorax.models.config_values import size
 from lorax.models.llama import Llama, LlamaAttention, LlamaLayer, LlamaModel
 from lorax.models.llama_config import LlamaConfig, head_dim, read_sizes, read_window
 from lorax.models.model import GGUFLayout
@@ -57,6 +58,9 @@ class Phi3Config(LlamaConfig):
             **read_sizes(values, where),
             **read_longrope(values, head_dim(values, where), where),
             sliding_window=read_window(values, where),
+            original_max_position_embeddings=size(
+                {**cls.defaults, **values}, "original_max_position_embeddings", where
+            ),
         )
 
 

@@ -435,7 +435,7 @@ def test_saved_on_the_way_it_is_whole(tmp_path):
     lorax.save_adapter(model, tmp_path)
     theirs = PeftModel.from_pretrained(llama_again(), tmp_path).eval()
     assert largest_difference(model.eval(), theirs) <= FLOAT32
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"] is None
+    assert json.loads((tmp_path / "adapter_config.json").read_text()).get("rank_pattern") is None
 
 
 def llama_again():

@@ -90,7 +90,7 @@ def test_a_resumed_run_has_the_digests_of_one_that_was_not_stopped(folder, tmp_p
     lorax.train(recipe(folder, tmp_path / "a", **{"train.digests": True}))
     cut = recipe(folder, tmp_path / "b", **{"train.digests": True})
     with pytest.raises(Killed):
-        lorax.train(cut, KillAt(8))
+        lorax.train(cut, KillAt(5))
     torch.manual_seed(99)
     lorax.train(cut, resume=True)
     found = compare_runs(tmp_path / "a", tmp_path / "b")

@@ -23,10 +23,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
-    """A run that was killed at its eighth step, with checkpoints."""
+    """A run that was killed at its fifth step, with checkpoints."""
     folder = make_folder(tmp_path_factory.mktemp("fuzz"))
     with pytest.raises(Killed):
-        lorax.train(recipe(folder, folder / "run"), KillAt(8))
+        lorax.train(recipe(folder, folder / "run"), KillAt(5))
     return folder
 
 
@@ -47,13 +47,13 @@ def newest_checkpoint_name(run):
     return max((run / "checkpoints").glob("step-*"))
 
 
-STATE = "checkpoints/step-00000006/optimizer.safetensors"
+STATE = "checkpoints/step-00000004/optimizer.safetensors"
 FILES = {
     "metrics.jsonl": _kept,
     "metrics.jsonl inspected": inspect_optimizer,
     "config.toml": lambda run: lorax.Recipe.load(run / "config.toml"),
     "config.toml as a record": lambda run: read_record(run / "adapter"),
-    "checkpoints/step-00000006/manifest.json": _checkpoint,
+    "checkpoints/step-00000004/manifest.json": _checkpoint,
     STATE: lambda run: load_optimizer_state(run / STATE),
 }
 
