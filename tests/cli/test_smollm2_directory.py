@@ -43,7 +43,14 @@ def readme_commands() -> list[str]:
 
 COMMANDS = readme_commands()
 TRAIN = [command for command in COMMANDS if command.startswith("lorax train")]
-OTHERS = [command for command in COMMANDS if command not in TRAIN]
+# README names the six commands of each day; these are docs/cli.md's.
+MORE = [
+    f"lorax inspect adapter {RUN}/adapter --against runs/longer/adapter",
+    f"lorax inspect optimizer {RUN}",
+    "lorax adapter add runs/first/adapter runs/second/adapter --weights 0.5 0.5 --output sum",
+    f"lorax inspect quantization {HUB_ID}",
+]
+OTHERS = [command for command in COMMANDS if command not in TRAIN] + MORE
 
 
 def arguments(command: str) -> list[str]:
@@ -62,6 +69,7 @@ def place(smollm2_gguf, tmp_path_factory):
     for name in ("my.jsonl", "held-out.jsonl"):
         (root / name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (root / "configs").symlink_to(ROOT / "configs")
+    (root / "my-model").symlink_to(root / HUB_ID)  # README's name for a directory of one's own
     with contextlib.chdir(root):
         for command in sorted(TRAIN, key=lambda line: "--dry-run" not in line):  # plans first
             run_lorax(*arguments(command))
