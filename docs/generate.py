@@ -22,7 +22,7 @@ from cyclopts import App
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lorax.adapters.variants import methods
+from lorax.adapters import variants
 from lorax.cli import app
 from lorax.quant import names
 from lorax.training import recipe
@@ -32,6 +32,15 @@ NOTE = "<!-- made by docs/generate.py: edit the code, then run it -->"
 
 
 # --- the recipe -----------------------------------------------------------------------------------
+
+
+def own_methods() -> dict[str, variants.Variant]:
+    """lorax's own methods, whatever else this process has registered."""
+    return {
+        name: variant
+        for name, variant in variants.methods().items()
+        if variant.config is None or variant.config.__module__.startswith("lorax.")
+    }
 
 
 def recipe_page() -> str:
@@ -64,7 +73,7 @@ one with every default. A default of "-" is a key that is left out."""
 def adapter_tables() -> Iterator[str]:
     """A table for each method of [adapter]; those of LoRA's keys that others share stand once."""
     shared = type(checked("lora").adapter).model_fields
-    for method in methods():
+    for method in own_methods():
         made = checked(method)
         fields = {k: f for k, f in type(made.adapter).model_fields.items() if k != "method"}
         head = f'`[adapter]` with `method = "{method}"`'

@@ -70,7 +70,7 @@ def find_adapter_dir(path_or_id: str | os.PathLike[str], revision: str | None = 
 def _download(name: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise EnvironmentProblem(
-            f"{Path(name).expanduser()}: no such directory, and no Hub id; "
+            f"{os.path.expanduser(name)}: no such directory, and no Hub id; "
             "give a path that exists, or an id such as OWNER/NAME"
         )
     from huggingface_hub import snapshot_download
