@@ -110,6 +110,7 @@ def register_variant(variant: Variant) -> None:
     """
     if variant.config is not None and not variant.config.__module__.startswith("lorax."):
         variants()  # lorax's own have their names first
+    import_module("lorax.adapters.plain")  # LoRA's own come first, whoever is imported first
     there = _table.get(variant.name)
     if there is not None:
         raise AdapterError(f"variant {variant.name!r} is there already; take another name")
@@ -133,7 +134,8 @@ def register_variant(variant: Variant) -> None:
 def methods() -> dict[str, Variant]:
     """The methods by their names, as a recipe's adapter.method takes them."""
     _import(_METHODS)
-    return {name: v for name, v in _table.items() if v.chosen is None}
+    own = {name: _table[name] for name in ("lora", "adalora", "prompt-tuning", "full")}
+    return own | {name: v for name, v in _table.items() if v.chosen is None}
 
 
 def variants() -> dict[str, Variant]:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import lorax
 from lorax import cli
 from lorax.adapters.attached import adapter_layers
+from lorax.adapters.counting import count_parameters
 from lorax.errors import AdapterError, FormatError, UsageError
 from lorax.formats.run_record import read_record
 from lorax.formats.tokenizer_files import write_tokenizer
@@ -511,7 +512,7 @@ def test_a_report_alone_writes_nothing(run, place):
     assert found["adapter_kl"] > 0
     lab = laboratory(place, "llama")
     sizes = {route["route"]: route["nbytes"] for route in found["routes"]}
-    assert sizes["float32"] == 4 * lorax.adapters.inject.count_parameters(
+    assert sizes["float32"] == 4 * count_parameters(
         lorax.load_model(place / "llama")
     )[1]  # fmt: skip
     assert sizes["bfloat16"] == sizes["float32"] / 2
