@@ -6,6 +6,7 @@ pytest are to be had, so everything else is imported where it is used.
 
 import logging
 import os
+from importlib import import_module
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -52,6 +53,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+REGISTRIES = {
+    "lorax.adapters.variants": "_table",
+    "lorax.models.families": "FAMILIES",
+    "lorax.quant.codebooks": "CODEBOOKS",
+    "lorax.training.hooks": "_factories",
+    "lorax.plugins": "_loaded",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registries():
+    """What a module's tests register is gone after it: the next one finds lorax's own alone."""
+    import_module("lorax.adapters.variants").variants()  # lorax's own, in their order
+    tables = [getattr(import_module(module), name) for module, name in REGISTRIES.items()]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture(scope="session")

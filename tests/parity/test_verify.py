@@ -623,7 +623,7 @@ def test_a_tokenizer_of_another_model_is_an_error(place, tmp_path):
     base.save_pretrained(tmp_path / "base")
     write_tokenizer(byte_tokenizer(), tmp_path / "base")
     peft_model(base, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(DataError, match="the model has 97"):
+    with pytest.raises(DataError, match="the model's embedding has 97 rows"):
         lorax.verify(tmp_path / "adapter", base=tmp_path / "base")
 
 
