@@ -11,9 +11,9 @@ setup: $(READY)
 demo: $(READY)
 	$(BIN)/lorax demo
 
-# What CI runs.
+# What CI runs: all but the marks `gpu` and `nightly`, which the last line counts.
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not nightly"
 
 # What a person runs before each commit: under a minute.
 # The whole way first, so that what is broken through and through says so within half a minute.
@@ -21,7 +21,8 @@ quick: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_end_to_end.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" -x
 
-# What takes too long for each change: more examples, more mutated files, 50 kills, every fault.
+# What takes too long for each change: more examples, more mutated files, 50 kills, every fault,
+# and SmolLM2 where each change is tried on tiny models.
 nightly: $(READY) lint
 	HYPOTHESIS_PROFILE=nightly LORAX_MUTATIONS=5000 LORAX_KILLS=50 OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -n 2 --timeout 7200

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark the slow folders, limit the time; skip, and count, gpu tests where there is no CUDA."""
     limits = config.pluginmanager.hasplugin("timeout")  # not on a bare GPU machine
     for item in items:
-        if item.path.parent.name in SLOW_FOLDERS:
+        if item.path.parent.name in SLOW_FOLDERS or item.get_closest_marker("nightly"):
             item.add_marker(pytest.mark.slow)
         if limits and not item.get_closest_marker("timeout") and not config.option.timeout:
             slow = item.get_closest_marker("slow") is not None

@@ -334,7 +334,7 @@ def compare_runs(theirs, mine, tmp_path, logits=FLOAT32):
     assert largest_difference(mine, again) <= logits
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_twenty_steps_of_smollm2(smollm2_gguf, tmp_path):
     folder, file = smollm2_gguf.rsplit("/", 1)
     base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)

@@ -389,7 +389,7 @@ class Logits(nn.Module):
         return self.model.named_parameters(*arguments, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_smollm2_against_peft(smollm2_gguf, tmp_path):
     folder, file = smollm2_gguf.rsplit("/", 1)
     base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)

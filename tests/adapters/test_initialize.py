@@ -729,7 +729,7 @@ def test_a_format_that_peft_does_not_know_is_said(opened, tmp_path, caplog):
 # --- a real model --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("how", ["pissa", "olora"])
 def test_a_start_inside_smollm2(how, smollm2_gguf, tmp_path):
     folder, file = smollm2_gguf.rsplit("/", 1)

@@ -197,7 +197,7 @@ def test_in_bfloat16_a_merged_table_is_rounded_once(use_dora, tmp_path):
     assert layer(tokens()).dtype == torch.bfloat16
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_smollm2_against_peft(smollm2_gguf, tmp_path):
     folder, file = smollm2_gguf.rsplit("/", 1)
     base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)

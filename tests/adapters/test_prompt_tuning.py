@@ -357,7 +357,7 @@ def test_tensors_that_do_not_fit_are_refused(pair):
         lorax.load_adapter(mine, path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_smollm2_against_peft(smollm2_gguf, smollm2_tokenizer, tmp_path):
     folder, file = smollm2_gguf.rsplit("/", 1)
     base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)

@@ -296,7 +296,7 @@ def test_over_bfloat16_copies_keep_their_dtype_and_rows_are_float32(tmp_path):
         assert torch.equal(one[name], two[name]), name
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_smollm2_with_rows_and_norms(smollm2_gguf, tmp_path):
     """A tied head, 49,152 tokens: logits within 1e-5 of their size, and tied after merging."""
     settings = {"trainable_token_indices": [0, 2, 500, 49151], "modules_to_save": ["norm"]}

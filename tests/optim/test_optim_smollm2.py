@@ -42,7 +42,7 @@ def losses(model, kind, rows):
     return torch.tensor(history), optimizer
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_100_steps_of_smollm2_against_32bit_adamw():
     try:
         path = smollm2_path()

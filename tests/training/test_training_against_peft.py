@@ -122,7 +122,7 @@ def test_twenty_steps(case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("use_dora", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_twenty_steps_of_smollm2(use_dora, smollm2_gguf, tmp_path):
     folder, file = smollm2_gguf.rsplit("/", 1)
     base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
