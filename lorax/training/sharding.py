@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lorax.errors import RecipeError
 from lorax.models import Model
 from lorax.models.replace import replace_module
 from lorax.quant.linear import QuantizedLinear
@@ -56,22 +55,12 @@ class ShardedQuantizedLinear(QuantizedLinear):
 
 
 def shard_base(model: Model, size: int) -> None:
-    """Leave this process with one of `size` parts of each layer's frozen weights.
-
-    Raises:
-        RecipeError: all is trained, and nothing frozen is there to shard.
-    """
+    """Leave this process with one of `size` parts of each layer's frozen weights."""
     trained = {p for p in model.parameters() if p.requires_grad}
     layers = [m for m in model.body.children() if isinstance(m, nn.ModuleList)]
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
             replace_module(model, name, ShardedQuantizedLinear(module))
-    frozen = [p for stack in layers for p in stack.parameters() if not p.requires_grad]
-    if not frozen:
-        raise RecipeError(
-            "train.parallel = 'fsdp' shards the frozen base, and this run trains every weight; "
-            "use 'ddp', or train an adapter"
-        )
     mesh = init_device_mesh(next(model.parameters()).device.type, (size,))
     for stack in layers:
         for layer in stack:
