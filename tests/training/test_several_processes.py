@@ -122,7 +122,7 @@ def test_a_sharded_quantized_base(folder, quantization):
 
 
 def test_a_base_that_is_trained_is_not_sharded(folder):
-    with pytest.raises(RecipeError, match="train.parallel = 'fsdp' shards the frozen base, and"):
+    with pytest.raises(RecipeError, match=r"train\.parallel = 'fsdp' shards the frozen base, and"):
         written(folder, "full", {"method": "full"}, **{"train.parallel": "fsdp"})
 
 
