@@ -40,6 +40,11 @@ def _refuses(recipe: Any) -> str | None:
             "model.dtype = 'bfloat16': its 8 bits lose a step that is 0.4 % of a "
             "weight or less; adapter.method = 'full' trains in float32 ('auto' means that)"
         )
+    if recipe.train.parallel == "fsdp":
+        return (
+            "train.parallel = 'fsdp' shards the frozen base, and adapter.method = 'full' trains "
+            "every weight; use 'ddp', or train an adapter"
+        )
     return None
 
 

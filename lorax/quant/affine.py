@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,12 +80,10 @@ class AffineTensor(QuantizedTensor):
         last = () if self.zero_points is None else (self.zero_points,)
         return (self.packed, self.scales, *last)
 
-    def to(self, device: torch.device | str) -> AffineTensor:
-        """Move to another device."""
-        zeros = None if self.zero_points is None else self.zero_points.to(device)
-        return replace(
-            self, packed=self.packed.to(device), scales=self.scales.to(device), zero_points=zeros
-        )
+    def replaced(self, tensors: Sequence[Tensor]) -> AffineTensor:
+        """The same with other codes, scales and zero points."""
+        packed, scales, *last = tensors
+        return replace(self, packed=packed, scales=scales, zero_points=last[0] if last else None)
 
     def codes(self) -> Tensor:
         """The codes, one a value: (n,) int8."""

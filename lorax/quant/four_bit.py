@@ -25,6 +25,7 @@ second level's table, so about 1 in 700 of those codes is not the nearest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,9 +63,9 @@ class FourBitTensor(QuantizedTensor):
         second = () if self.nested is None else (self.nested.absmax, self.nested.offset)
         return (self.packed, self.absmax, *second)
 
-    def to(self, device: torch.device | str) -> FourBitTensor:
-        """Move all tensors to a device; dtypes never change."""
-        packed, absmax, *second = (tensor.to(device) for tensor in self.tensors())
+    def replaced(self, tensors: Sequence[Tensor]) -> FourBitTensor:
+        """The same with others in the place of `tensors()`."""
+        packed, absmax, *second = tensors
         nested = NestedScales(*second) if second else None
         return replace(self, packed=packed, absmax=absmax, nested=nested)
 

@@ -39,7 +39,7 @@ values in outlier columns. Where lorax departs from bitsandbytes 0.50.2:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,9 +85,10 @@ class Int8Tensor(QuantizedTensor):
         """Codes and scales."""
         return (self.codes, self.SCB)
 
-    def to(self, device: torch.device | str) -> Int8Tensor:
-        """Move to another device."""
-        return replace(self, codes=self.codes.to(device), SCB=self.SCB.to(device))
+    def replaced(self, tensors: Sequence[Tensor]) -> Int8Tensor:
+        """The same with other codes and scales."""
+        codes, SCB = tensors
+        return replace(self, codes=codes, SCB=SCB)
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """codes * SCB / 127, as `int8_vectorwise_dequant` computes it, rounded once."""

@@ -8,7 +8,8 @@ AffineTensor    affine.py     int8-symmetric, int8-affine, int4-symmetric, int4-
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,12 @@ class QuantizedTensor(ABC):
         """Every tensor that must be stored: the integer codes first, then their scales."""
 
     @abstractmethod
-    def to(self, device: torch.device | str) -> QuantizedTensor:
+    def replaced(self, tensors: Sequence[Tensor]) -> Self:
+        """The same with others in the place of `tensors()`."""
+
+    def to(self, device: torch.device | str) -> Self:
         """Move all tensors to a device; dtypes never change."""
+        return self.replaced([tensor.to(device) for tensor in self.tensors()])
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:

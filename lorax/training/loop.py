@@ -17,6 +17,7 @@ signal or by force, goes on from the newest checkpoint with the same bits (snaps
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,11 +40,11 @@ from lorax.training.checkpoint import clear_litter, newest_checkpoint, rotate, w
 from lorax.training.digests import StepDigests
 from lorax.training.evaluate import evaluate
 from lorax.training.hooks import HookFactory, StepHook
-from lorax.training.loss import summed_loss
 from lorax.training.methods import model_dtype, save_result
 from lorax.training.metrics import Line, MetricsFile, draw_loss, read_metrics
 from lorax.training.optimizers import build_optimizer, paging_line, set_rates
 from lorax.training.plan import Plan, prepare
+from lorax.training.processes import Processes, processes
 from lorax.training.recipe import Recipe
 from lorax.training.run_directory import RunDirectory
 from lorax.training.schedule import rate_factor, warmup_steps
@@ -116,17 +117,31 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
-    listener = listener or Listener()
+    with processes(recipe.model.device) as group:
+        return _train(recipe, listener or Listener(), resume, hooks, group)
+
+
+def _train(
+    recipe: Recipe,
+    listener: Listener,
+    resume: bool,
+    hooks: Sequence[HookFactory | StepHook],
+    group: Processes,
+) -> Run:
     run = RunDirectory(recipe)
-    run.check(recipe, resume)
-    if resume and run.is_finished:
+    if group.writes:
+        run.check(recipe, resume)
+    else:
+        listener = Listener()
+    if group.from_writer(resume and run.is_finished):
         return _load_finished(recipe, run, listener)
     torch.manual_seed(recipe.train.seed)
     model, tokenizer, plan = prepare(recipe, hooks)
     listener.planned(plan)
-    run.begin(recipe, resume)
+    if group.writes:
+        run.begin(recipe, resume)
     try:
-        training = Training(model, tokenizer, plan, run, listener, resume)
+        training = Training(model, tokenizer, plan, run, listener, resume, group)
         training.run_and_save(tokenizer)
     except Interrupted:
         raise
@@ -153,7 +168,9 @@ class Training:
         run: RunDirectory,
         listener: Listener,
         resume: bool,
+        group: Processes,
     ):
+        self.group = group
         self.model, self.plan, self.run, self.listener = model, plan, run, listener
         self.settings = plan.recipe.train
         self.pad_id = padding_id(tokenizer.pad_token_id, embedding_weight(model).shape[0])
@@ -164,13 +181,18 @@ class Training:
         self.warmup = warmup_steps(plan.total_steps, self.settings.warmup_ratio)
         self.rows_digest = digest_of_rows(plan.train_rows, plan.eval_rows)
         self.live = Live(model, self.optimizer, plan.hook, Progress(), {})
-        clear_litter(run.checkpoints)
-        checkpoint = newest_checkpoint(run.checkpoints) if resume else None
+        if group.writes:
+            clear_litter(run.checkpoints)
+        checkpoint = self._newest_checkpoint() if resume else None
         if checkpoint is not None:
             restore(checkpoint, self.live, self.rows_digest)
-        self.metrics = MetricsFile(run.metrics, self.live.progress.metrics_bytes)
+        self.gradients = group.gradients(model, self.settings.parallel)
+        if group.writes:
+            self.metrics = MetricsFile(run.metrics, self.live.progress.metrics_bytes)
+        else:
+            self.metrics = MetricsFile(Path(os.devnull))
         self.digests = None
-        if self.settings.digests:
+        if self.settings.digests and group.writes:
             self.digests = StepDigests(run.digests, model, self.live.progress.step)
         if resume:
             listener.resumed(self.live.progress.step, checkpoint)
@@ -205,7 +227,8 @@ class Training:
             if self.live.best:  # early stopping: those of the lowest held-out loss
                 copy_tensors(self.live.best, self.model, "the best so far")
             self.plan.hook.finish()
-            save_result(self.model, tokenizer, self.run.result)
+            if self.group.writes:
+                save_result(self.model, tokenizer, self.run.result)
             saved = True
             if self.plan.eval_rows and not self.settings.early_stopping_patience:
                 self._evaluate()
@@ -213,7 +236,8 @@ class Training:
             self.metrics.close()
             if self.digests is not None:
                 self.digests.close()
-            draw_loss(self.metrics.lines, self.run.picture, warn=saved)
+            if self.group.writes:
+                draw_loss(self.metrics.lines, self.run.picture, warn=saved)
 
     def _start(self) -> None:
         """Before the first step: an evaluation, and where to roll back to."""
@@ -226,6 +250,7 @@ class Training:
         """One optimizer step over these rows."""
         progress = self.live.progress
         progress.step += 1
+        self.group.seed(self.settings.seed, progress.step)
         factor = rate_factor(
             self.settings.lr_scheduler, progress.step - 1, self.plan.total_steps, self.warmup
         )
@@ -265,12 +290,11 @@ class Training:
         """Gradients of the rows' mean loss over their trained tokens; that loss, () float32."""
         tokens = sum(row.tokens for row in rows)
         loss = torch.zeros((), device=self.device)
-        for batch in micro_batches(rows, self.settings.micro_batch_size, self.pad_id):
-            batch = batch.to(self.device)
-            part = summed_loss(self.model, batch.input_ids, batch.labels) / tokens
-            part.backward()
-            loss += part.detach()
-        return loss
+        size = self.group.micro_batch_size(len(rows), self.settings.micro_batch_size)
+        batches = self.group.share(micro_batches(rows, size, self.pad_id))
+        for left, batch in zip(range(len(batches))[::-1], batches, strict=True):
+            loss += self.gradients.add(batch.to(self.device), tokens, is_last=left == 0)
+        return self.group.total(loss)
 
     def _not_finite(self, line: Line) -> None:
         """A loss or gradient that is no number: stop, leave the step out, or go back as well."""
@@ -292,7 +316,7 @@ class Training:
     def _roll_back(self) -> None:
         """The newest checkpoint's parameters and optimizer; the data goes on."""
         now, generators = self.live.progress, torch.get_rng_state()
-        checkpoint = newest_checkpoint(self.run.checkpoints)
+        checkpoint = self._newest_checkpoint()
         assert checkpoint is not None, "one is saved before the first step"
         restore(checkpoint, self.live, self.rows_digest)
         torch.set_rng_state(generators)
@@ -311,7 +335,7 @@ class Training:
         """Held-out loss; where early stopping watches, the parameters of the lowest are kept."""
         progress = self.live.progress
         size = self.settings.micro_batch_size
-        found = evaluate(self.model, self.plan.eval_rows, size, self.pad_id)
+        found = evaluate(self.model, self.plan.eval_rows, size, self.pad_id, self.group)
         self._measure({"step": progress.step, **found})
         if not self.settings.early_stopping_patience or progress.step == 0:
             return
@@ -334,17 +358,25 @@ class Training:
     def _save_if_due(self, signals: Signals) -> None:
         step, every = self.live.progress.step, self.settings.save_steps
         due = every > 0 and step % every == 0 and step < self.plan.total_steps
-        if due or signals.save or signals.stop is not None:
+        stop, save = self.group.largest(signals.stop or 0, int(signals.save))
+        if due or save or stop:
             signals.save = False
             self._save()
-        if signals.stop is not None:
+        if stop:
             raise Interrupted(
                 f"step {step} of {self.plan.total_steps} is saved in {self.run.checkpoints}; "
                 f"go on with: lorax train {self.run.config} --resume",
-                signals.stop,
+                stop,
             )
 
+    def _newest_checkpoint(self) -> Path | None:
+        """The newest complete one, which process 0 looks for."""
+        found = newest_checkpoint(self.run.checkpoints) if self.group.writes else None
+        return self.group.from_writer(found)
+
     def _save(self) -> None:
+        if not self.group.writes:
+            return
         progress = self.live.progress
         progress.seconds = time.perf_counter() - self.started
         progress.metrics_bytes = self.metrics.sync()

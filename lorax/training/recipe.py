@@ -158,6 +158,10 @@ class TrainSection(Section):
         description="At a loss or gradient that is not finite: end the run, leave the step out, or "
         "go back to the last checkpoint as well.",
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="Under torchrun: the whole base on every process, or its layers in shards.",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Of rows, initialization and dropout.")
     digests: bool = Field(
         False, description="Leave a digest of each step, for `lorax inspect diff` of two runs."

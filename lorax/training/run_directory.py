@@ -29,7 +29,8 @@ from lorax.training.recipe import Recipe
 
 # What a run that goes on may change without becoming another run.
 FREE_KEYS = tuple(
-    f"train.{key}" for key in ("output_dir", "save_steps", "keep_checkpoints", "digests")
+    f"train.{key}"
+    for key in ("output_dir", "save_steps", "keep_checkpoints", "digests", "parallel")
 )
 
 
