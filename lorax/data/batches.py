@@ -12,7 +12,7 @@ there are masked. Two ways to pad less:
 import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ IGNORED = -100  # the label that no loss counts, as in torch's cross_entropy
 GROUPED_BATCHES = 50  # batches' rows that are sorted together, as transformers' Trainer does
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """input_ids and labels, (B, T) int64 each; a label is the token at its own place, or -100.
 
     documents: that are packed in one sequence, B = 1; None where each row is one.

@@ -14,9 +14,16 @@ from lorax.training.loss import summed_loss
 
 
 def evaluate(
-    model: Model, rows: Sequence[Example], micro_batch_size: int, pad_id: int
+    model: Model,
+    rows: Sequence[Example],
+    micro_batch_size: int,
+    pad_id: int,
+    room: int | None = None,
 ) -> dict[str, float]:
     """Mean loss in nats over all trained tokens of the rows, and its exponential.
+
+    Args:
+        room: tokens of a packed forward pass; None pads `micro_batch_size` rows.
 
     Returns:
         {"eval_loss", "eval_perplexity"}. The model is in eval mode inside, and as before after.
@@ -27,9 +34,9 @@ def evaluate(
     pad_id = padding_id(pad_id, embedding_weight(model).shape[0])
     total = 0.0
     with torch.no_grad():
-        for batch in micro_batches(rows, micro_batch_size, pad_id):
+        for batch in micro_batches(rows, micro_batch_size, pad_id, room):
             batch = batch.to(device)
-            total += summed_loss(model, batch.input_ids, batch.labels).item()
+            total += summed_loss(model, *batch).item()
     model.train(was_training)
     loss = total / sum(row.tokens for row in rows)
     return {"eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}

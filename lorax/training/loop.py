@@ -2,7 +2,7 @@
 
 One optimizer step:
 
-    rows of the step (batch_size)  ->  micro-batches (micro_batch_size rows, padded)
+    rows of the step (batch_size)  ->  micro-batches (micro_batch_size rows, padded; or packed)
     for each:  loss = sum over its trained tokens / trained tokens of the whole step;  backward
     the method's penalty, if it has one:  backward
     clip, set the rate, step;  then what the method does after a step
@@ -187,7 +187,11 @@ class Training:
             self._start()
         self.model.train()
         batches = step_batches(
-            self.plan.train_rows, self.settings.batch_size, self.settings.seed, data.shuffle
+            self.plan.train_rows,
+            self.settings.batch_size,
+            self.settings.seed,
+            data.shuffle,
+            data.group_by_length,
         )
         with Signals() as signals:
             for epoch, rows in islice(batches, progress.step, self.plan.total_steps):
@@ -265,9 +269,10 @@ class Training:
         """Gradients of the rows' mean loss over their trained tokens; that loss, () float32."""
         tokens = sum(row.tokens for row in rows)
         loss = torch.zeros((), device=self.device)
-        for batch in micro_batches(rows, self.settings.micro_batch_size, self.pad_id):
+        size, room = self.settings.micro_batch_size, self.plan.recipe.room
+        for batch in micro_batches(rows, size, self.pad_id, room):
             batch = batch.to(self.device)
-            part = summed_loss(self.model, batch.input_ids, batch.labels) / tokens
+            part = summed_loss(self.model, *batch) / tokens
             part.backward()
             loss += part.detach()
         return loss
@@ -310,8 +315,8 @@ class Training:
     def _evaluate(self) -> None:
         """Held-out loss; where early stopping watches, the parameters of the lowest are kept."""
         progress = self.live.progress
-        size = self.settings.micro_batch_size
-        found = evaluate(self.model, self.plan.eval_rows, size, self.pad_id)
+        size, room = self.settings.micro_batch_size, self.plan.recipe.room
+        found = evaluate(self.model, self.plan.eval_rows, size, self.pad_id, room)
         self._measure({"step": progress.step, **found})
         if not self.settings.early_stopping_patience or progress.step == 0:
             return
