@@ -54,22 +54,32 @@ class Side:
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("{"):  # libraries print what they like in between
+            if line.startswith('{"'):  # libraries print what they like in between
                 return json.loads(line)
         raise SystemExit(f"{self.name} ended with {self.process.wait()}; see above")
 
 
-def serve(step: Callable[[], None]) -> None:
-    """The side's end: answer the parent until it has enough."""
+def serve(step: Callable[[], float | None]) -> None:
+    """The side's end: answer the parent until it has enough.
+
+    step: gives its seconds where a part of it only is to be timed.
+    """
+    before = _peak_bytes()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         if line.strip() == "finish":
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            print(json.dumps({"peak_bytes": peak}), flush=True)
+            peak = _peak_bytes()
+            print(json.dumps({"peak_bytes": peak, "grown_bytes": peak - before}), flush=True)
             return
         started = time.perf_counter()
-        step()
-        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
+        seconds = step()
+        if seconds is None:
+            seconds = time.perf_counter() - started
+        print(json.dumps({"seconds": seconds}), flush=True)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def compare(sides: list[Side], warm: int, steps: int) -> dict[str, dict[str, Any]]:

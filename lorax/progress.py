@@ -11,6 +11,7 @@ from lorax.console import PlainConsole
 from lorax.errors import visible
 from lorax.training.loop import Listener
 from lorax.training.metrics import Line
+from lorax.training.packing import packing_of
 from lorax.training.plan import Plan
 
 
@@ -57,6 +58,8 @@ class TrainingProgress(Listener):
             f"(kind: {examples.kind}; {examples.truncated} cut at "
             f"{plan.recipe.data.max_length} tokens, {examples.dropped} dropped)"
         )
+        if plan.recipe.data.packing:
+            self._say(f"packing  {packing_of(plan.recipe, plan.train_rows)}")
         self._say(f"steps    {plan.total_steps} of {plan.recipe.train.batch_size} rows")
         self._bar.update(self._task, total=plan.total_steps)
 

@@ -11,6 +11,9 @@ Nothing of the model is loaded but its tokenizer. Found by position, never by se
     an untrained end        an end token right behind an answer that is not trained: an error, since
                             the model would never learn to stop
     truncated answers       rows cut at data.max_length inside an answer: an error above a share
+
+Where the recipe packs, the first forward pass is shown as well, with its seams: in front of each
+document, of which none sees another and no first token is learned from the one before it.
 """
 
 from __future__ import annotations
@@ -25,10 +28,13 @@ from jinja2 import Environment, PackageLoader
 from rich.table import Table
 from rich.text import Text
 
+from lorax.data.batches import fill
 from lorax.data.examples import Example, load_examples
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import EnvironmentProblem, UsageError
 from lorax.formats.huggingface import load_tokenizer
+from lorax.training.packing import Packing, first_epoch, packing_of
+from lorax.training.plan import held_out
 from lorax.training.recipe import Recipe
 
 MAX_TRUNCATED = 0.1  # the share of rows whose answers may be cut before that is an error
@@ -56,10 +62,27 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class PackReport:
+    """What packing does to an epoch, and the first forward pass of training.
+
+    rows: the numbers (from 1) of the rows in that pass; tokens: of each. room: tokens that fit in.
+    shown: the first of these rows, in pieces.
+    """
+
+    epoch: Packing
+    saved: float
+    room: int
+    rows: list[int]
+    tokens: list[int]
+    shown: list[list[Piece]]
+
+
+@dataclass(frozen=True)
 class DataReport:
     """What there is to say about a recipe's rows.
 
     lengths: tokens of each row; trained: those that are trained. shown: the first rows, in pieces.
+    packed: None where the recipe does not pack.
     """
 
     path: str
@@ -72,6 +95,7 @@ class DataReport:
     trained: list[int]
     findings: list[Finding]
     shown: list[list[Piece]]
+    packed: PackReport | None = None
 
     @property
     def holds(self) -> bool:
@@ -110,6 +134,27 @@ def inspect_data(recipe: Recipe, show: int = 3, max_truncated: float = MAX_TRUNC
         trained=[row.tokens for row in found.rows],
         findings=findings(found.rows, tokenizer, max_truncated, data.max_length),
         shown=[pieces(row, tokenizer, special) for row in found.rows[:show]],
+        packed=_packed(recipe, found.rows, tokenizer, show) if data.packing else None,
+    )
+
+
+def _packed(recipe: Recipe, rows: list[Example], tokenizer: Tokenizer, show: int) -> PackReport:
+    """The first forward pass as training packs it, over the rows that are not held out."""
+    apart = set(held_out(len(rows), recipe))
+    train = [row for index, row in enumerate(rows) if index not in apart]
+    number = {id(row): index for index, row in enumerate(rows, 1)}
+    assert recipe.room is not None
+    (step, *_) = first_epoch(recipe, train)
+    (first, *_) = fill(step, recipe.room)
+    special = special_ids(tokenizer)
+    epoch = packing_of(recipe, train)
+    return PackReport(
+        epoch=epoch,
+        saved=epoch.saved,
+        room=recipe.room,
+        rows=[number[id(row)] for row in first],
+        tokens=[len(row.ids) for row in first],
+        shown=[pieces(row, tokenizer, special) for row in first[:show]],
     )
 
 
@@ -188,6 +233,8 @@ def parts(report: DataReport) -> Iterator[str | Text | Table]:
     for number, row in enumerate(report.shown, 1):
         yield f"row {number}: trained tokens are green, special ones underlined"
         yield _coloured(row)
+    if report.packed is not None:
+        yield from _packed_parts(report.packed)
     total, trained = sum(report.lengths), sum(report.trained)
     yield (
         f"{total:,} tokens, {trained:,} trained ({100 * trained / total:.1f} %); "
@@ -199,6 +246,20 @@ def parts(report: DataReport) -> Iterator[str | Text | Table]:
         yield f"{word}: {finding.what} ({finding.rows} rows, the first is row {finding.first})"
     if report.holds:
         yield "the rows hold: end tokens are trained, no answer is empty, no BOS stands twice"
+
+
+def _packed_parts(packed: PackReport) -> Iterator[str | Text]:
+    yield f"packing: {packed.epoch}"
+    yield (
+        f"the first forward pass: {len(packed.rows)} rows, {sum(packed.tokens)} of {packed.room} "
+        "tokens; a line is a seam, which nothing sees across"
+    )
+    for number, tokens, row in zip(packed.rows, packed.tokens, packed.shown, strict=False):
+        yield Text(f"━━━ row {number}: {tokens} tokens, positions from 0 ━━━", "bold cyan")
+        yield _coloured(row)
+    rest = len(packed.rows) - len(packed.shown)
+    if rest > 0:
+        yield f"━━━ and {rest} more: rows {', '.join(map(str, packed.rows[-rest:][:20]))} ━━━"
 
 
 def _coloured(row: list[Piece]) -> Text:

@@ -7,6 +7,8 @@ padding and the order of the rows. So one step is computed several ways, dropout
     rows 1, 2, . micro-batches of so many rows
     padded       every row padded to data.max_length
     reversed     the rows in another order
+    packed       the rows behind each other without padding: as data.packing does it, in one
+                 sequence, and in that sequence the other way round
 
 What differs is the order of additions. Over float32 that is some 1e-7 of the loss; where it is more
 than the bound of the dtype, something weighs rows by their neighbours.
@@ -14,7 +16,6 @@ than the bound of the dtype, something weighs rows by their neighbours.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,11 +26,12 @@ from rich.table import Table
 from torch import Tensor
 
 from lorax.adapters.tables import embedding_weight
-from lorax.data.batches import IGNORED, MicroBatch, micro_batches, pad, step_batches
+from lorax.data.batches import IGNORED, MicroBatch, micro_batches, pack, pad
 from lorax.data.examples import Example
 from lorax.data.vocabulary import padding_id
 from lorax.models import Model
 from lorax.training.loss import summed_loss
+from lorax.training.packing import first_epoch, packs_documents
 from lorax.training.plan import prepare
 from lorax.training.recipe import Recipe
 
@@ -79,14 +81,11 @@ def inspect_loss(recipe: Recipe) -> LossReport:
     model.eval()  # dropout draws other numbers for other batches
     _wake(model)
     settings = recipe.train
-    _, rows = next(
-        step_batches(plan.train_rows, settings.batch_size, settings.seed, recipe.data.shuffle)
-    )
-    batches = _ways(
-        rows,
-        recipe.data.max_length,
-        padding_id(tokenizer.pad_token_id, embedding_weight(model).shape[0]),
-    )
+    (rows, *_) = first_epoch(recipe, plan.train_rows)
+    pad_id = padding_id(tokenizer.pad_token_id, embedding_weight(model).shape[0])
+    batches = _ways(rows, recipe.data.max_length, pad_id)
+    if packs_documents(model):
+        batches |= _packed_ways(rows, settings.micro_batch_size * recipe.data.max_length)
     tokens = sum(row.tokens for row in rows)
     reference: tuple[float, dict[str, Tensor]] | None = None
     ways = []
@@ -122,11 +121,18 @@ def _ways(rows: list[Example], max_length: int, pad_id: int) -> dict[str, Callab
     return made
 
 
+def _packed_ways(rows: list[Example], room: int) -> dict[str, Callable[[], list[MicroBatch]]]:
+    return {
+        f"packed, {room} tokens a pass": lambda: micro_batches(rows, 1, 0, room),
+        "packed in one": lambda: [pack(rows)],
+        "packed in one, reversed": lambda: [pack(rows[::-1])],
+    }
+
+
 def _wider(batch: MicroBatch, width: int, pad_id: int) -> MicroBatch:
     more = max(0, width - batch.input_ids.shape[1])
     padded = torch.nn.functional.pad
-    return dataclasses.replace(
-        batch,
+    return batch._replace(
         input_ids=padded(batch.input_ids, (0, more), value=pad_id),
         labels=padded(batch.labels, (0, more), value=IGNORED),
     )
@@ -138,7 +144,7 @@ def _step(model: Model, batches: list[MicroBatch], tokens: int) -> tuple[float, 
     loss = 0.0
     for batch in batches:
         there = batch.to(device)
-        part = summed_loss(model, there.input_ids, there.labels) / tokens
+        part = summed_loss(model, *there) / tokens
         part.backward()
         loss += part.item()
     named = model.named_parameters()

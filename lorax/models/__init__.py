@@ -7,7 +7,7 @@ The letters behind shapes, here and everywhere in lorax:
     S  tokens attended  K  key / value heads              V  vocabulary
     L  layers           D  width of a head                W  weight (out, in)
 
-A model offers `hidden_states(input_ids, cache)` -> (B, T, C), the final norm included; `logits`,
+A model offers `hidden_states(input_ids, context)` -> (B, T, C), the final norm included; `logits`,
 the head behind it; `model(input_ids)` -> (B, T, V), the two together; `new_cache`; `max_positions`;
 and the switch `gradient_checkpointing` (lorax/models/model.py). It knows neither adapters nor
 quantization: those replace its Linears, or the `prefix` in front of its first tokens. Which

@@ -1,41 +1,44 @@
-"""Causal attention over grouped heads, and the cache of keys and values for generation."""
+"""Causal attention over grouped heads, and what stands before the tokens that attend."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class KVCache:
-    """Keys and values of the tokens so far, allocated once: 2 x (L, B, K, max_length, D).
+class Context:
+    """What stands before a sequence's tokens, `length` of them: here none.
 
-    A model calls `append` in each layer and `advance` once at the end of its forward pass.
+    Else a `KVCache` (cache.py), or `Documents`, several of which are one sequence (packed.py).
     """
 
-    def __init__(
-        self,
-        layers: int,
-        batch: int,
-        kv_heads: int,
-        max_length: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        shape = (layers, batch, kv_heads, max_length, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
+    length = 0
+
+    def open(self, prefix: Any, x: Tensor) -> tuple[Tensor, "Context"]:
+        """Embeddings (B, T, C) with the prefix in front where it is due, and what stands before."""
+        return prefix(x), self
+
+    def places(self, x: Tensor) -> Tensor:
+        """The position of each of x's (B, T, C): (T,) int64."""
+        return torch.arange(self.length, self.length + x.shape[1], device=x.device)
+
+    def turns(self, ropes: Callable[[int, Tensor], list[Any]], x: Tensor) -> list[Any]:
+        """Each layer's rotations of x (B, T, C). ropes: a body's."""
+        return ropes(self.length, x)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key and value (B, K, T, D) behind what is there; give all of it, (B, K, S, D)."""
-        end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        """All that is attended to, (B, K, S, D), where key and value are (B, K, T, D)."""
+        return key, value
 
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` more as seen."""
-        self.length += tokens
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+        """`causal_attention` of a layer, with its options, over what stands before as well."""
+        return causal_attention(query, *self.append(layer, key, value), **how)
+
+    def close(self, x: Tensor, tokens: int) -> Tensor:
+        """The hidden states of the tokens that were given: (B, tokens, C)."""
+        return x[:, -tokens:]
 
 
 def causal_attention(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorax.errors import UnsupportedModel
-from lorax.models.attention import KVCache
+from lorax.models.attention import Context
 from lorax.models.config_values import flag, number, size
 from lorax.models.llama import Llama, LlamaAttention, LlamaMLP, LlamaModel, Rope
 from lorax.models.llama_config import (
@@ -177,8 +177,8 @@ class GemmaLayer(nn.Module):
         self.pre_feedforward_layernorm = GemmaRMSNorm(C, eps)
         self.post_feedforward_layernorm = GemmaRMSNorm(C, eps)
 
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rope, cache)
+    def forward(self, x: Tensor, rope: Rope, context: Context) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), rope, context)
         x = x + self.post_attention_layernorm(attended)
         changed = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(changed)

@@ -18,12 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from lorax.errors import FormatError, UnsupportedModel
 from lorax.models.activations import ACTIVATIONS, read_activation
-from lorax.models.attention import KVCache, causal_attention, merge_heads, split_heads
+from lorax.models.attention import Context, merge_heads, split_heads
 from lorax.models.config_values import flag, number, size
 from lorax.models.model import Body, Model, ModelConfig, Sizes
 
@@ -133,19 +132,12 @@ class GPT2Transformer(Body):
         self.h = nn.ModuleList(GPT2Block(config, index) for index in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        T = input_ids.shape[1]
-        start = cache.length if cache is not None else 0
-        x = self.wte(input_ids)  # (B, T, C)
-        if start == 0:
-            x = self.prefix(x)
-        positions = torch.arange(start, start + x.shape[1], device=input_ids.device)
-        x = x + self.wpe(positions)
+    def forward(self, input_ids: Tensor, context: Context) -> Tensor:
+        x, context = context.open(self.prefix, self.wte(input_ids))  # (B, T, C)
+        x = x + self.wpe(context.places(x))
         for block in self.h:
-            x = self.run(block, x, cache)
-        if cache is not None:
-            cache.advance(x.shape[1])
-        return self.ln_f(x[:, -T:])
+            x = self.run(block, x, context)
+        return self.ln_f(context.close(x, input_ids.shape[1]))
 
 
 class GPT2Block(nn.Module):
@@ -158,8 +150,8 @@ class GPT2Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPT2MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.attn(self.ln_1(x), context)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -176,13 +168,11 @@ class GPT2Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         query, key, value = (
             split_heads(part, self.head_dim) for part in self.c_attn(x).chunk(3, dim=-1)
         )  # each (B, H, T, D)
-        if cache is not None:
-            key, value = cache.append(self.index, key, value)
-        attended = causal_attention(query, key, value, scale=self.scale)
+        attended = context.attend(self.index, query, key, value, scale=self.scale)
         return self.c_proj(merge_heads(attended))
 
 

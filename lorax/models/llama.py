@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lorax.models.activations import ACTIVATIONS
-from lorax.models.attention import KVCache, causal_attention, merge_heads, split_heads
+from lorax.models.attention import Context, merge_heads, split_heads
 from lorax.models.llama_config import LlamaConfig as LlamaConfig
 from lorax.models.model import Body, Layer, Model
 from lorax.models.rope import rotate, rotations
@@ -64,16 +64,12 @@ class LlamaModel(Body):
         )
         self.norm = (norm or RMSNorm)(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, context: Context) -> Tensor:
         x = self.scaled(self.embed_tokens(input_ids))  # (B, T, C)
-        start = cache.length if cache is not None else 0
-        if start == 0:
-            x = self.prefix(x)
-        for layer, rope in zip(self.layers, self.ropes(start, x), strict=True):
-            x = self.run(layer, x, rope, cache)
-        if cache is not None:
-            cache.advance(x.shape[1])
-        return self.norm(x[:, -input_ids.shape[1] :])
+        x, context = context.open(self.prefix, x)
+        for layer, rope in zip(self.layers, context.turns(self.ropes, x), strict=True):
+            x = self.run(layer, x, rope, context)
+        return self.norm(context.close(x, input_ids.shape[1]))
 
     def ropes(self, start: int, x: Tensor) -> list[Rope]:
         """Each layer's rotations, of the positions start ... start + T."""
@@ -95,8 +91,8 @@ class LlamaLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+    def forward(self, x: Tensor, rope: Rope, context: Context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -141,17 +137,13 @@ class LlamaAttention(nn.Module):
         """x (B, T, C) -> query (B, T, H * D), key and value (B, T, K * D)."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, context: Context) -> Tensor:
         query, key, value = (split_heads(part, self.head_dim) for part in self.project(x))
         if self.has_norms:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rope), rotate(key, *rope)  # (B, H, T, D), (B, K, T, D)
-        if cache is not None:
-            key, value = cache.append(self.index, key, value)  # (B, K, S, D)
-        attended = causal_attention(
-            query, key, value, window=self.window, scale=self.scale, cap=self.cap
-        )
-        return self.o_proj(merge_heads(attended))
+        how = {"window": self.window, "scale": self.scale, "cap": self.cap}
+        return self.o_proj(merge_heads(context.attend(self.index, query, key, value, **how)))
 
 
 class LlamaMLP(nn.Module):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lorax.models.attention import KVCache, soft_cap
+from lorax.models.attention import Context, soft_cap
 from lorax.models.origin import Origin
 from lorax.models.prefix import Prefix
 
@@ -203,20 +203,22 @@ class Model(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.get_parameter(self.embedding_name)
 
-    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, context: Context | None = None) -> Tensor:
         """What the head reads: (B, T) -> (B, T, C)."""
-        return self.body(input_ids, cache)
+        return self.body(input_ids, context or Context())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., C) -> (..., V)."""
         return soft_cap(self.lm_head(hidden), self.logit_cap)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: Context | None = None) -> Tensor:
         """(B, T) -> (B, T, V); with a cache the T tokens follow those that it holds."""
         return self.logits(self.hidden_states(input_ids, cache))
 
-    def new_cache(self, batch: int, max_length: int) -> KVCache:
+    def new_cache(self, batch: int, max_length: int) -> Context:
         """An empty cache for `batch` rows of up to `max_length` tokens."""
+        from lorax.models.cache import KVCache
+
         sizes = self.config.sizes
         norm = self.body.get_submodule(self.norm_name).weight
         assert isinstance(norm, Tensor)

@@ -19,11 +19,13 @@ def evaluate(
     rows: Sequence[Example],
     micro_batch_size: int,
     pad_id: int,
+    room: int | None = None,
     group: Processes | None = None,
 ) -> dict[str, float]:
     """Mean loss in nats over all trained tokens of the rows, and its exponential.
 
     Args:
+        room: tokens of a packed forward pass; None pads `micro_batch_size` rows.
         group: the processes that share the work, each with the same rows; None: this one.
 
     Returns:
@@ -37,9 +39,9 @@ def evaluate(
     size = group.micro_batch_size(len(rows), micro_batch_size)
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
-        for batch in group.share(micro_batches(rows, size, pad_id)):
+        for batch in group.share(micro_batches(rows, size, pad_id, room)):
             batch = batch.to(device)
-            total += summed_loss(model, batch.input_ids, batch.labels).item()
+            total += summed_loss(model, *batch).item()
     model.train(was_training)
     loss = group.total(total).item() / sum(row.tokens for row in rows)
     return {"eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}

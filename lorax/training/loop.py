@@ -2,7 +2,7 @@
 
 One optimizer step:
 
-    rows of the step (batch_size)  ->  micro-batches (micro_batch_size rows, padded)
+    rows of the step (batch_size)  ->  micro-batches (micro_batch_size rows, padded; or packed)
     for each:  loss = sum over its trained tokens / trained tokens of the whole step;  backward
     the method's penalty, if it has one:  backward
     clip, set the rate, step;  then what the method does after a step
@@ -209,7 +209,11 @@ class Training:
             self._start()
         self.model.train()
         batches = step_batches(
-            self.plan.train_rows, self.settings.batch_size, self.settings.seed, data.shuffle
+            self.plan.train_rows,
+            self.settings.batch_size,
+            self.settings.seed,
+            data.shuffle,
+            data.group_by_length,
         )
         with Signals() as signals:
             for epoch, rows in islice(batches, progress.step, self.plan.total_steps):
@@ -291,7 +295,8 @@ class Training:
         tokens = sum(row.tokens for row in rows)
         loss = torch.zeros((), device=self.device)
         size = self.group.micro_batch_size(len(rows), self.settings.micro_batch_size)
-        batches = self.group.share(micro_batches(rows, size, self.pad_id))
+        cut = micro_batches(rows, size, self.pad_id, self.plan.recipe.room)
+        batches = self.group.share(cut)
         for left, batch in zip(range(len(batches))[::-1], batches, strict=True):
             loss += self.gradients.add(batch.to(self.device), tokens, is_last=left == 0)
         return self.group.total(loss)
@@ -334,8 +339,8 @@ class Training:
     def _evaluate(self) -> None:
         """Held-out loss; where early stopping watches, the parameters of the lowest are kept."""
         progress = self.live.progress
-        size = self.settings.micro_batch_size
-        found = evaluate(self.model, self.plan.eval_rows, size, self.pad_id, self.group)
+        size, room = self.settings.micro_batch_size, self.plan.recipe.room
+        found = evaluate(self.model, self.plan.eval_rows, size, self.pad_id, room, self.group)
         self._measure({"step": progress.step, **found})
         if not self.settings.early_stopping_patience or progress.step == 0:
             return

@@ -17,18 +17,21 @@ from torch import Tensor, nn
 
 from lorax.backend import uses_triton
 from lorax.models import Model
-from lorax.models.attention import soft_cap
+from lorax.models.attention import Context, soft_cap
 
 CHUNK_LOGITS = 2**23  # 32 MiB in float32
 
 
-def summed_loss(model: Model, input_ids: Tensor, labels: Tensor) -> Tensor:
+def summed_loss(
+    model: Model, input_ids: Tensor, labels: Tensor, context: Context | None = None
+) -> Tensor:
     """Sum of -log p over the trained tokens: () float32.
 
     input_ids, labels: (B, T) int64. labels[b, t] is the token at position t, or -100 for a token
     that is not trained; it is predicted from positions 0 ... t - 1.
+    context: Documents that are packed in (1, T); the label of each one's first token is -100.
     """
-    hidden = model.hidden_states(input_ids)[:, :-1]  # (B, T - 1, C)
+    hidden = model.hidden_states(input_ids, context)[:, :-1]  # (B, T - 1, C)
     targets = labels[:, 1:]
     counted = targets != -100
     return head_loss(hidden[counted], model.lm_head, targets[counted], model.logit_cap)

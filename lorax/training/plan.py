@@ -25,6 +25,7 @@ from lorax.formats.huggingface import load_model, load_tokenizer
 from lorax.models import Model
 from lorax.training.hooks import HookFactory, StepHook
 from lorax.training.methods import model_dtype, set_up
+from lorax.training.packing import packing_of, packs_documents
 from lorax.training.recipe import Recipe
 from lorax.training.run_directory import RunDirectory
 from lorax.training.schedule import total_steps
@@ -63,6 +64,11 @@ def prepare(
     steps = total_steps(recipe, len(train_rows))
     hook = set_up(model, tokenizer, recipe, steps, hooks)
     _check_fit(model, [*train_rows, *eval_rows])
+    if recipe.data.packing and not packs_documents(model):
+        raise RecipeError(
+            f"data.packing: {model.config.model_type}'s attention does not keep packed documents "
+            "apart; set it to false, or let the family call context.attend"
+        )
     for row in (*train_rows, *eval_rows):
         check_vocabulary(row.ids, embedding_weight(model).shape[0], tokenizer)
     model.gradient_checkpointing = settings.gradient_checkpointing
@@ -100,13 +106,17 @@ def describe(recipe: Recipe) -> str:
     rows = rename(read_rows(path), recipe.data.columns, path) if path.is_file() else None
     apart = len(held_out(len(rows), recipe)) if rows else 0
     steps = total_steps(recipe, len(rows) - apart) if rows else recipe.train.max_steps
+    what = (
+        _describe_packing(recipe)
+        if recipe.data.packing
+        else f"{accumulation} micro-batches of at most {train.micro_batch_size}"
+    )
     return (
         f"{recipe.to_toml()}\n{_describe_model(recipe)}"
         f"{_describe_data(path, rows, apart, steps)}"
-        f"# a step: {train.batch_size} rows in {accumulation} micro-batches of at most "
-        f"{train.micro_batch_size}\n"
+        f"# a step: {train.batch_size} rows in {what}\n"
         f"{_describe_method(recipe, steps)}"
-        "# nothing was loaded and nothing was written"
+        "# no model was loaded and nothing was written"
     )
 
 
@@ -145,6 +155,18 @@ def _describe_data(path: Path, rows: list[Row] | None, apart: int, steps: int | 
         f"# {path}: {len(rows)} rows, kind: {find_kind(rows[0]).name}, {apart} of them held out\n"
         f"# {steps} optimizer steps, unless rows are dropped for their length\n"
     )
+
+
+def _describe_packing(recipe: Recipe) -> str:
+    """What packing does, counted with the model's tokenizer where that and the rows are here."""
+    settings = recipe.model
+    passes = f"packed forward passes of at most {recipe.room} tokens"
+    here = Path(settings.path).exists() and Path(recipe.data.path).is_file()
+    if not here:
+        return f"{passes}; how many is known with the tokenizer and the rows"
+    tokenizer = load_tokenizer(settings.path, revision=settings.revision)
+    _, train_rows, _ = _load_rows(recipe, tokenizer)
+    return f"{passes}\n# packing: {packing_of(recipe, train_rows)}"
 
 
 def _describe_method(recipe: Recipe, steps: int | None) -> str:

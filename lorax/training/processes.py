@@ -95,7 +95,7 @@ class Gradients:
 
         is_last: behind this one they are those of all processes.
         """
-        loss = summed_loss(self.model, batch.input_ids, batch.labels) / tokens
+        loss = summed_loss(self.model, *batch) / tokens
         loss.backward()
         return loss.detach()
 
@@ -139,8 +139,8 @@ class _LossModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        return summed_loss(self.model, input_ids, labels)
+    def forward(self, *batch: Any) -> Tensor:
+        return summed_loss(self.model, *batch)
 
 
 class _SummedGradients(Gradients):
@@ -161,7 +161,7 @@ class _SummedGradients(Gradients):
 
     def add(self, batch: MicroBatch, tokens: int, is_last: bool) -> Tensor:
         with nullcontext() if is_last else self._parallel.no_sync():
-            loss: Tensor = self._parallel(batch.input_ids, batch.labels) / tokens
+            loss: Tensor = self._parallel(*batch) / tokens
             (loss * self._size).backward()  # DistributedDataParallel takes the mean
         return loss.detach()
 

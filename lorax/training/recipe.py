@@ -7,8 +7,7 @@
     [train]    how long, how fast, where to
 
 Every key is checked; an unknown one is an error that names the nearest. Any key can be overridden
-by its path ("train.learning_rate"). What this version does not have yet is refused by name, never
-ignored.
+by its path ("train.learning_rate").
 """
 
 from __future__ import annotations
@@ -98,7 +97,17 @@ class DataSection(Section):
         512, ge=2, description="Tokens of a row; longer rows are cut at the end."
     )
     shuffle: bool = Field(True, description="A new order of rows each epoch, from train.seed.")
-    packing: bool = Field(False, description="Not there yet; only false.")
+    packing: bool = Field(
+        False,
+        description="Put a step's rows behind each other in the place of padding them, each by "
+        "itself: the same steps and results, faster. A forward pass then holds "
+        "train.micro_batch_size sequences of max_length tokens, as many rows as fit.",
+    )
+    group_by_length: bool = Field(
+        False,
+        description="Let rows of like length share a step, so that less is padding: another order "
+        "of the same rows.",
+    )
 
 
 def _at_most_four_rows(settings: dict[str, Any]) -> int:
@@ -113,7 +122,7 @@ class TrainSection(Section):
     max_steps: int | None = Field(
         None, ge=1, description="Optimizer steps; where given, epochs is not used."
     )
-    batch_size: int = Field(16, ge=1, description="Rows in an optimizer step.")
+    batch_size: int = Field(16, ge=1, description="Rows in an optimizer step, packed or not.")
     micro_batch_size: int = Field(
         default_factory=_at_most_four_rows,
         ge=1,
@@ -224,12 +233,6 @@ def _as_adapter(value: Any) -> Any:
         raise RecipeError(_describe(error, method)) from None
 
 
-# Keys whose feature is not there yet: the values that are accepted, and what the feature is.
-_NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "data.packing": ((False,), "packing"),
-}
-
-
 class Recipe(Section):
     """A checked recipe. Build it with `Recipe.load` or `Recipe.from_dict`."""
 
@@ -295,7 +298,6 @@ class Recipe(Section):
             raise RecipeError(f"{where}: {error}") from None
         except ValidationError as error:
             raise RecipeError(f"{where}: {_describe(error)}") from None
-        recipe._refuse_missing_features(where)
         recipe._check_sense(where)
         return recipe
 
@@ -303,6 +305,11 @@ class Recipe(Section):
     def variant(self) -> Variant:
         """What [adapter] asks for, of those that are registered."""
         return methods()[self.adapter.method]
+
+    @property
+    def room(self) -> int | None:
+        """How many tokens a packed forward pass has room for; None where rows are padded."""
+        return self.train.micro_batch_size * self.data.max_length if self.data.packing else None
 
     def adapter_config(self, total_steps: int) -> AdapterConfig | None:
         """The [adapter] table as its method's config, for a run of so many optimizer steps.
@@ -331,16 +338,6 @@ class Recipe(Section):
         """The recipe with every default written out; reading it gives the same recipe."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
-    def _refuse_missing_features(self, where: str) -> None:
-        for key, (accepted, feature) in _NOT_YET.items():
-            section, name = key.split(".")
-            value = getattr(getattr(self, section), name)
-            if value not in accepted:
-                raise RecipeError(
-                    f"{where}: {key} = {value!r} asks for {feature}, which this version of lorax "
-                    f"does not have; use {accepted[0]!r} or leave the key out"
-                )
-
     def _check_sense(self, where: str) -> None:
         try:  # the run's length is known once its rows are; until then let there be time enough
             self.adapter_config(self.train.max_steps or UNKNOWN_STEPS)
@@ -365,6 +362,7 @@ class Recipe(Section):
                 f"train.batch_size {self.train.batch_size}; give {self.train.batch_size} or less, "
                 "or leave it out"
             )
+        self._check_order(where)
         if self.train.early_stopping_patience and not (
             self.data.eval_path or self.data.eval_fraction
         ):
@@ -374,6 +372,19 @@ class Recipe(Section):
             )
         if self.data.eval_path and self.data.eval_fraction:
             raise RecipeError(f"{where}: give data.eval_path or data.eval_fraction, not both")
+
+    def _check_order(self, where: str) -> None:
+        """Grouping goes with what it can help."""
+        if self.data.group_by_length and self.data.packing:
+            raise RecipeError(
+                f"{where}: data.group_by_length saves padding, of which data.packing leaves none; "
+                "give one of them"
+            )
+        if self.data.group_by_length and not self.data.shuffle:
+            raise RecipeError(
+                f"{where}: data.group_by_length changes the order of the rows, which data.shuffle "
+                "= false keeps; give one of them"
+            )
 
 
 def _plugins_of(values: Mapping[str, Any], folder: Path) -> list[str]:

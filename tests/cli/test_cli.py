@@ -179,7 +179,7 @@ MISTAKES = [
     (2, "expected --section.key value", "train recipe.toml --epochs 2"),
     (2, "expected --section.key value", "train recipe.toml train.epochs 2"),
     (2, "train.batch_size = 0", "train recipe.toml --train.batch_size 0"),
-    (2, "packing", "train recipe.toml --data.packing true"),
+    (2, "give one of them", "train recipe.toml --data.packing true --data.group_by_length true"),
     (2, "not empty", "train recipe.toml --train.output_dir taken"),
     (2, "is a file", "train recipe.toml --train.output_dir rows.jsonl"),
     (2, "model.quantization", "train recipe.toml --model.quantization int3"),

@@ -28,7 +28,9 @@ listed here, and a test holds that it is there:
     packed NF4 held as bfloat16         test_bitsandbytes_checkpoints::test_every_storage_dtype
                                         test_quant_four_bit::test_linear_keeps_its_codes_when_the_module_changes_dtype
     int32 offsets                       test_quant_four_bit::test_r8_more_than_2_31_values
-    packing, where it is not built      test_recipe::test_a_feature_that_is_left_out_is_refused_by_name
+    packing that leaks across documents test_packed::test_no_document_sees_another
+                                        test_packing::test_a_leak_at_the_seams_is_found
+    the label at each seam              test_packed::test_the_label_at_a_seam_is_never_predicted_from_the_document_before
 """  # noqa: E501  # names in full, so that they can be searched for
 
 import copy

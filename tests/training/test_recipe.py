@@ -136,18 +136,6 @@ def test_the_recipe_of_the_design_is_accepted(tmp_path):
     assert (config.r, config.lora_alpha, config.target_modules) == (16, 32, "all-linear")
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "feature"),
-    [
-        ("data.packing", True, "packing"),
-    ],
-)
-def test_a_feature_that_is_left_out_is_refused_by_name(key, value, feature):
-    message = refused(**{key: value})
-    assert key in message
-    assert feature in message
-
-
 @pytest.mark.parametrize("key", ["modules_to_save", "loftq_config"])
 def test_a_lora_option_that_is_left_out_is_refused_by_name(key):
     assert key in refused(**{f"adapter.{key}": True})

@@ -203,7 +203,7 @@ def test_a_head_that_trains_gets_its_gradient():
         lm_head = torch.nn.Linear(8, 11, bias=False)
         logit_cap = None
 
-        def hidden_states(self, ids):
+        def hidden_states(self, ids, context):
             return torch.nn.functional.one_hot(ids, 8).float()
 
     ids = torch.randint(0, 8, (2, 5))
