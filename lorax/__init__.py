@@ -94,12 +94,11 @@ __all__ = sorted(_HOME)
 class _OldPaths:
     """Last in `sys.meta_path`: asked for a module of lorax's only where no file has its name."""
 
-    @staticmethod
-    def find_spec(name: str, path: Any, target: Any = None) -> Any:
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         return import_module("lorax.moved").find(name) if name.startswith("lorax.") else None
 
 
-sys.meta_path.append(_OldPaths)
+sys.meta_path.append(_OldPaths())
 
 
 def __getattr__(name: str) -> Any:
