@@ -4,6 +4,7 @@ Importing lorax starts nothing: each public name below is imported from its room
 is used, so that `lorax --help` answers at once and nobody pays for torch who does not need it.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -83,22 +84,21 @@ _HOME = {
 }
 
 _ROOMS = {
-    "adapters",
-    "data",
-    "errors",
-    "formats",
-    "inference",
-    "inspect",
-    "kernels",
-    "merging",
-    "models",
-    "optim",
-    "parity",
-    "quant",
-    "training",
-}
+    "adapters", "data", "errors", "formats", "inference", "inspect", "kernels",
+    "merging", "models", "optim", "parity", "quant", "training",
+}  # fmt: skip
 
 __all__ = sorted(_HOME)
+
+
+class _OldPaths:
+    """Last in `sys.meta_path`: asked for a module of lorax's only where no file has its name."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        return import_module("lorax.moved").find(name) if name.startswith("lorax.") else None
+
+
+sys.meta_path.append(_OldPaths())
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from test_reading_path import named_files
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "kernels": 0, "errors": 0, "version": 0, "backend": 0, "heap": 0, "files": 0, "plugins": 0,
-    "models": 0, "data": 0,
+    "moved": 0, "models": 0, "data": 0,
     "quant": 1, "adapters": 2, "optim": 2,
     "console": 3, "formats": 3, "training": 4, "inference": 4,
     "parity": 5, "merging": 5, "inspect": 5, "progress": 5, "demo": 6, "cli": 7,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import docstring_parser
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -311,3 +312,42 @@ def test_overrides_are_read_as_toml_else_as_text(tokens, expected):
 def test_what_is_no_override_is_refused(tokens):
     with pytest.raises(UsageError):
         cli.parse_overrides(tuple(tokens))
+
+
+# The tree of commands ----------------------------------------------------------------------------
+
+
+def leaves(parent, words=()):
+    """(words, command) of each command that does something."""
+    for name in parent:
+        if not name.startswith("-"):
+            command = parent[name]
+            if command.default_command is None:
+                yield from leaves(command, (*words, name))
+            else:
+                yield (*words, name), command
+
+
+def test_every_argument_and_option_has_a_help_text():
+    silent, seen = [], 0
+    for words, command in leaves(cli.app):
+        stated = docstring_parser.parse(command.default_command.__doc__)
+        helps = {
+            name.strip(): each.description
+            for each in stated.params
+            for name in each.arg_name.split(",")
+        }
+        for argument in command.assemble_argument_collection():
+            seen += 1
+            if argument.show and not (
+                argument.parameter.help or helps.get(argument.field_info.name)
+            ):
+                silent.append((*words, argument.names[0]))
+    assert seen > 80
+    assert silent == []
+
+
+def test_the_command_line_has_a_file_for_each_command_and_none_over_250_lines():
+    files = {path.stem: path for path in Path(cli.__file__).parent.glob("*.py")}
+    assert {words[0] for words, _ in leaves(cli.app)} <= files.keys()
+    assert max(len(path.read_text().splitlines()) for path in files.values()) <= 250

@@ -1,4 +1,4 @@
-"""README's blocks that add a variant and a model do what they say, against transformers."""
+"""README's blocks that add a variant, a step hook and a model do what they say."""
 
 import json
 import re
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from command_line import run_lorax
+from safetensors.torch import load_file
 from tiny_runs import folder  # noqa: F401 - a fixture
 
 import lorax
@@ -53,6 +55,30 @@ def test_the_variant_trains_from_a_recipe_and_merges(folder, tmp_path):  # noqa:
     before = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     ids = torch.arange(1, 9)[None]
     assert not torch.equal(again(ids).logits, before(ids).logits)
+
+
+def test_the_step_hook_writes_into_the_metrics(folder, tmp_path):  # noqa: F811
+    (tmp_path / "mine.py").write_text(block_with("register_step_hook"))
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+        [model]
+        path = "{folder / "model"}"
+        [data]
+        path = "{folder / "rows.jsonl"}"
+        [train]
+        output_dir = "{tmp_path / "run"}"
+        hooks = ["norm"]
+        max_steps = 2
+        """
+    )
+    plugin = ("--plugin", tmp_path / "mine.py")
+    run_lorax("train", tmp_path / "recipe.toml", *plugin)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, metrics) if "loss" in line]
+    trained = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values()
+    norm = sum(tensor.norm().item() ** 2 for tensor in trained) ** 0.5
+    assert len(steps) == 2
+    assert abs(steps[-1]["norm"] - norm) <= 1e-5 * norm
 
 
 def test_the_model_against_transformers(tmp_path):
