@@ -83,8 +83,8 @@ def rename(rows: list[Row], columns: Mapping[Column, str] | None, path: object) 
         if not any(source in values for values, _ in rows):
             found = ", ".join(sorted(rows[0][0]))
             raise DataError(
-                f"{path}: data.columns.{name} = {source!r}: no row has such a column; the first "
-                f"has {found}"
+                f"{path}: data.columns.{name} = {source!r}: no row has such a column; expected "
+                f"one of the first row's: {found}"
             )
     dropped = {*columns, *columns.values()}
     if _make_a_kind({*columns}):
@@ -148,7 +148,8 @@ def check_kind(row: Row, kind: Kind) -> None:
     found = find_kind(row)
     if found != kind:
         raise DataError(
-            f"{row[1]}: this row's columns make it {found.name}, the first row's {kind.name}"
+            f"{row[1]}: this row's columns make it {found.name}, the first row's {kind.name}; "
+            "give the rows of each kind a file, or name the columns with data.columns"
         )
 
 
@@ -226,7 +227,9 @@ def _conversation(row: Row, messages: list[Any], trained: list[bool]) -> Convers
     if system:
         text = _text(row, system[0])
         if messages[0]["role"] == "system" and messages[0]["content"] != text:
-            raise DataError(f"{where}: {system[0]} and the first message are two system texts")
+            raise DataError(
+                f"{where}: {system[0]} and the first message are two system texts; remove one"
+            )
         if messages[0]["role"] != "system":
             messages, trained = [{"role": "system", "content": text}, *messages], [False, *trained]
     if not any(trained):
@@ -296,5 +299,5 @@ def _text(row: Row, key: str) -> str:
     value: Any = row[0].get(key)
     if not isinstance(value, str):
         found = "missing" if key not in row[0] else f"a {type(value).__name__}"
-        raise DataError(f"{row[1]}: {key} is {found}; expected a text")
+        raise DataError(f"{row[1]}: {key} is {found}; expected a text; mend the row, or remove it")
     return value

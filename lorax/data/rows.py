@@ -28,7 +28,10 @@ def read_rows(path: Path) -> list[Row]:
     elif ending in _READERS:
         rows = list(_READERS[ending](_read_text(path), str(path)))
     else:
-        raise DataError(f"{path}: expected a .jsonl, .json, .csv or .parquet file")
+        raise DataError(
+            f"{path}: expected a .jsonl, .json, .csv or .parquet file; rename it if it is one of "
+            "these, or convert it, for example with the datasets package"
+        )
     if not rows:
         raise DataError(f"{path}: no rows; expected at least one; give another file")
     return rows
@@ -96,7 +99,7 @@ def _json(text: str, path: str) -> Iterator[Row]:
     decoder = json.JSONDecoder()
     position = _skip(text, 0)
     if text[position : position + 1] != "[":
-        raise DataError(f"{path}:1: expected a JSON array of rows")
+        raise DataError(f"{path}:1: expected a JSON array of rows; write [ before the first")
     position = _skip(text, position + 1)
     line, counted = 1, 0
     while text[position : position + 1] != "]":
@@ -113,7 +116,9 @@ def _json(text: str, path: str) -> Iterator[Row]:
         if text[position : position + 1] == ",":
             position = _skip(text, position + 1)
         elif text[position : position + 1] != "]":
-            raise DataError(f"{where}: expected a comma or the end of the array behind this row")
+            raise DataError(
+                f"{where}: expected a comma or the end of the array behind this row; mend it there"
+            )
     end = _skip(text, position + 1)
     if end < len(text):
         line = 1 + text.count("\n", 0, end)
@@ -153,7 +158,7 @@ def _csv(text: str, path: str) -> Iterator[Row]:
             if not header:
                 header = values
                 if len(set(header)) != len(header):
-                    raise DataError(f"{where}: a column's name stands twice")
+                    raise DataError(f"{where}: a column's name stands twice; rename one of the two")
                 continue
             if len(values) != len(header):
                 raise DataError(
@@ -178,5 +183,8 @@ _READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_rows, 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object, found {type(value).__name__}")
+        raise DataError(
+            f"{where}: expected an object, found {type(value).__name__}; "
+            'write each row as {"column": value, ...}, or remove it'
+        )
     return value

@@ -50,7 +50,9 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or tensor.dim() != 2:
             kind = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise AdapterError(f"{file}: {name} is {kind}; expected a matrix, floating")
+            raise AdapterError(
+                f"{file}: {name} is {kind}; expected a matrix, floating; get the file anew"
+            )
         if not torch.isfinite(tensor).all():
             raise AdapterError(
                 f"{file}: {name} is not finite; get the file anew, or train the adapter again"
@@ -129,6 +131,6 @@ def _layer(name: str, tensors: dict[str, Tensor], config: LoRAConfig, where: str
     if A.shape[0] != B.shape[1] or A.shape[0] != config.rank(name):
         raise AdapterError(
             f"{where}: {name} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}; "
-            f"expected rank {config.rank(name)}"
+            f"expected rank {config.rank(name)}; get config and tensors from one save"
         )
     return LowRank(A, B, config.scaling(name))

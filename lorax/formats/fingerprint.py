@@ -109,7 +109,10 @@ def parse(text: str, where: str) -> dict[str, Any]:
         for key in path:
             part = part.get(key)
         if not isinstance(part, dict):
-            raise FormatError(f"{where}: {KEY}: {'.'.join(path)} is {part!r}; expected an object")
+            raise FormatError(
+                f"{where}: {KEY}: {'.'.join(path)} is {part!r}; expected an object; "
+                "get the file anew"
+            )
     return found
 
 
@@ -138,7 +141,10 @@ def check_adapter(
         if _as_json(settings.get(key, defaults.get(key)))
         != _as_json(then.get(key, defaults.get(key)))
     ]
-    hint = "if it is meant, lorax.load_adapter(..., check_adapter=False) and save_adapter again"
+    hint = (
+        "Get the files anew; or, if the change is meant, use "
+        "lorax.load_adapter(..., check_adapter=False) and save_adapter again"
+    )
     if edited:
         raise AdapterError(f"{where}: changed since it was saved: {'; '.join(edited)}. {hint}")
     lines = _lines_by_name(tensors)
@@ -163,7 +169,7 @@ def check_base(found: Mapping[str, Any], model: nn.Module, where: str) -> None:
     now, then = quantization(model), found.get("quantization")
     name = getattr(model, "name_or_path", "") or "a model without files"
     ways = _different(_defaults(model) | stated["config"], _config(model))
-    hint = "load it over its base, or with check_base=False (--no-check-base) if you know better"
+    hint = "Load it over its base, or with check_base=False (--no-check-base) if you know better"
     if ways:
         raise AdapterError(
             f"{where}: trained over {stated.get('path')}, this is {name}, and their configs "

@@ -47,7 +47,9 @@ def find_model(path: str | os.PathLike[str], revision: str | None = None) -> Pat
         if not local.is_file():
             raise EnvironmentProblem(f"{local}: no such file; give the path of one that is there")
         if local.suffix != ".gguf":
-            raise FormatError(f"{local}: expected a model directory, a .gguf file or a Hub id")
+            raise FormatError(
+                f"{local}: expected a model directory, a .gguf file or a Hub id; give one"
+            )
         return local
     return _download(os.fspath(path), revision, MODEL_FILES, NO_MODEL_FILES)
 
@@ -84,5 +86,6 @@ def _download(name: str, revision: str | None, wanted: list[str], unwanted: list
     except Exception as error:  # the hub client raises its own, httpx's and OSErrors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise EnvironmentProblem(
-            f"{name}: no such directory here, and the Hub did not give it ({reason})"
+            f"{name}: no such directory here, and the Hub did not give it ({reason}); give the "
+            "path of a directory, or mend the id or the connection"
         ) from None

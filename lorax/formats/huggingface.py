@@ -270,7 +270,10 @@ def _match_names(model: Model, found: list[str], where: Path) -> dict[str, str]:
             names[model.embedding_name] = names.pop("lm_head.weight")
     missing = sorted(expected - set(names))
     if missing:
-        raise FormatError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        raise FormatError(
+            f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}; get the "
+            "files anew, or the config.json that belongs to these weights"
+        )
     return names
 
 
@@ -345,6 +348,7 @@ def _shaped(tensor: Tensor, name: str, shape: torch.Size, model: Model) -> Tenso
     tensor = model.as_stored(name, tensor)
     if tensor.shape != shape or tensor.dtype not in FLOATS:
         raise FormatError(
-            f"{name}: found {tuple(tensor.shape)} {tensor.dtype}; expected {tuple(shape)}, floating"
+            f"{name}: found {tuple(tensor.shape)} {tensor.dtype}; expected {tuple(shape)}, "
+            "floating; get the config.json that belongs to these weights"
         )
     return tensor

@@ -57,7 +57,9 @@ def parse_json(text: str, where: str, *, constants: bool = False) -> dict[str, A
             f"{where}: not valid JSON ({error}); mend it there, or get the file anew"
         ) from None
     if not isinstance(value, dict):
-        raise FormatError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise FormatError(
+            f"{where}: expected a JSON object, found {type(value).__name__}; get the file anew"
+        )
     return value
 
 

@@ -62,9 +62,12 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         return directory
     below = sorted(file.parent for file in directory.glob(f"[!.]*/{CONFIG}"))
     if not below:
-        hint = ""
         if (directory / "model" / "config.json").is_file():
-            hint = "; full fine-tuning leaves none, its model/ stands alone"
+            hint = "; full fine-tuning leaves none, its model/ stands alone: give that as the model"
+        elif (directory / "config.json").is_file():
+            hint = "; a model lies there: give the adapter's directory here, the model as its base"
+        else:
+            hint = "; give the path of one"
         raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory{hint}")
     if len(below) > 1:
         names = ", ".join(folder.name for folder in below)
@@ -115,7 +118,10 @@ def write_peft_directory(
     """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{name} is not finite; an adapter like that is not saved")
+            raise AdapterError(
+                f"{name} is not finite; an adapter like that is not saved; train it again with a "
+                "lower learning rate"
+            )
     with written_directory(Path(path), replace=True) as directory:
         write_file(tensors, directory / TENSORS, {fingerprint.KEY: mark} if mark else None)
         values = _peft_config(config, base)

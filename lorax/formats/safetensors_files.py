@@ -69,7 +69,10 @@ class TensorFiles:
         with open_file(self.home[name]) as file:
             kind = file.get_slice(name).get_dtype()
         if kind not in _DTYPES:
-            raise FormatError(f"{self.home[name]}: tensor {name} has the unknown dtype {kind}")
+            raise FormatError(
+                f"{self.home[name]}: tensor {name} has the unknown dtype {kind}; expected one of "
+                f"{', '.join(_DTYPES)}; save the model again as one of them"
+            )
         return _DTYPES[kind]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -101,7 +104,9 @@ def open_checkpoint(directory: Path, name: str | None = None) -> TensorFiles:
         raise FormatError(f"{directory}: neither {SINGLE} nor {INDEX} is there{hint}")
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{directory / INDEX}: weight_map must name the tensors' files")
+        raise FormatError(
+            f"{directory / INDEX}: weight_map must name the tensors' files; get the index anew"
+        )
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.strip("."):
             raise FormatError(

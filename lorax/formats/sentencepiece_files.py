@@ -55,7 +55,7 @@ def read_sentencepiece(path: Path) -> SentencePieces:
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise FormatError(f"{path}: {size} bytes; expected at most {MAX_BYTES}")
+        raise FormatError(f"{path}: {size} bytes; expected at most {MAX_BYTES}; get the file anew")
     try:
         from sentencepiece import sentencepiece_model_pb2 as messages
     except ImportError as error:

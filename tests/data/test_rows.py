@@ -281,7 +281,7 @@ def test_a_prompt_by_another_name_is_taken_as_it_stands(load):
 
 
 def test_a_column_that_is_not_there_is_named(load):
-    with pytest.raises(DataError, match=r"data\.columns\.completion = 'reply'.*first has a, q"):
+    with pytest.raises(DataError, match=r"columns\.completion = 'reply'.*the first row's: a, q"):
         load({"q": "x", "a": "y"}, columns={"prompt": "q", "completion": "reply"})
 
 
