@@ -68,8 +68,7 @@ def check_source(weight: Tensor, name: str, nonfinite: str = "raise") -> bool:
     first = bad[0].tolist()
     raise QuantizationError(
         f"{name}: {len(bad)} of {weight.numel()} values are not finite, the first at {first} "
-        f"({weight[tuple(first)].item()}); a quantized block cannot hold them; "
-        "mend the weight, or leave it as it is"
+        f"({weight[tuple(first)].item()}); a quantized block cannot hold them; mend the weight"
     )
 
 
