@@ -70,15 +70,27 @@ def _parquet(path: Path) -> Iterator[Row]:
             f"{path}: reading parquet needs pyarrow: pip install pyarrow"
         ) from None
     try:
-        values = parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+        if not path.is_file():
+            raise OSError("it is no regular file")
+        values = parquet.read_table(path, partitioning=None).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: no UTF-8
         first = str(error).split("\n")[0]
         raise DataError(
             f"{path}: cannot be read ({first})"
             "; expected a Parquet file; save it anew, or give another path"
         ) from None
     for number, row in enumerate(values, 1):
-        yield row, f"{path}:{number}"
+        yield {name: _without_nulls(value) for name, value in row.items()}, f"{path}:{number}"
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value as JSON lines have it: every struct of a column has the keys of all, null or not.
+
+    Left in, they would be words of a template that writes tools or arguments. As TRL does.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _jsonl(text: str, path: str) -> Iterator[Row]:

@@ -6,7 +6,7 @@ import pytest
 from tiny_tokenizer import CHATML, byte_tokenizer, said
 
 from lorax.data.examples import load_examples
-from lorax.errors import DataError, EnvironmentProblem, RecipeError
+from lorax.errors import DataError, RecipeError
 from lorax.training.recipe import Recipe
 
 TOOL = {"type": "function", "function": {"name": "depth", "parameters": {"type": "object"}}}
@@ -339,25 +339,6 @@ def test_home_in_a_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "rows.jsonl").write_text(LINES)
     assert len(load_examples("~/rows.jsonl", byte_tokenizer(), 100)) == 2
-
-
-def test_parquet_is_read_or_its_package_is_named(tmp_path):
-    path = tmp_path / "rows.parquet"
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        path.write_bytes(b"PAR1")
-        with pytest.raises(EnvironmentProblem, match="pip install pyarrow"):
-            load_examples(path, byte_tokenizer(), 100)
-        return
-    parquet.write_table(pyarrow.Table.from_pylist([{"messages": TALK}] * 2), path)
-    tokenizer = byte_tokenizer(eos="<|im_end|>", chat_template=CHATML)
-    examples = load_examples(path, tokenizer, 100)
-    assert said(examples.rows[1], tokenizer) == ["stone<|im_end|>"]
-    path.write_bytes(b"no parquet")
-    with pytest.raises(DataError, match="cannot be read"):
-        load_examples(path, tokenizer, 100)
 
 
 @pytest.mark.parametrize("command", [["inspect", "adapter"], ["verify"], ["train"]])
