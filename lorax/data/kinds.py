@@ -133,6 +133,7 @@ def find_kind(row: Row) -> Kind:
         return Kind("alpaca" if both == ("instruction", "output") else "/".join(both), both)
     if "text" in there:
         return Kind("text", ("text",))
+    _refuse_by_name(row)
     raise DataError(
         f"{where}: columns {sorted(values)} fit no kind of row; expected messages, conversations, "
         "prompt and completion, instruction and output, question and answer, or text; "
@@ -264,7 +265,7 @@ def _variables(row: Row) -> dict[str, Any]:
     return variables
 
 
-def _refuse_what_cannot_be_used(row: Row, kind: Kind) -> None:
+def _refuse_by_name(row: Row) -> None:
     values, where = row
     for name, advice in _REFUSED.items():
         if values.get(name):
@@ -272,6 +273,11 @@ def _refuse_what_cannot_be_used(row: Row, kind: Kind) -> None:
     for name in _MEDIA:
         if values.get(name):
             raise DataError(f"{where}: column {name}: lorax trains on text only; remove the row")
+
+
+def _refuse_what_cannot_be_used(row: Row, kind: Kind) -> None:
+    _refuse_by_name(row)
+    values, where = row
     label = values.get("label")
     if label is False or (kind.name != "text" and str(label).lower() in ("0", "false")):
         raise DataError(
@@ -295,9 +301,20 @@ def _refuse_beside(row: Row, kind: Kind, names: tuple[str, ...]) -> None:
             )
 
 
+_KINDS: dict[type, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    bytes: "bytes",
+}
+
+
 def _text(row: Row, key: str) -> str:
     value: Any = row[0].get(key)
     if not isinstance(value, str):
-        found = "missing" if key not in row[0] else f"a {type(value).__name__}"
+        found = "missing" if key not in row[0] else _KINDS.get(type(value), "another kind of value")
         raise DataError(f"{row[1]}: {key} is {found}; expected a text; mend the row, or remove it")
     return value

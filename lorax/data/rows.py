@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.errors import DataError, EnvironmentProblem, require
-from lorax.files import read_bounded
+from lorax.files import read_bounded, why_unreadable
 
 Row = tuple[dict[str, Any], str]  # the row, and "file:line"
 
@@ -23,6 +23,9 @@ def read_rows(path: Path) -> list[Row]:
     """
     path = require(path)
     ending = path.suffix.lower()
+    other = why_unreadable(path, "") if ending in (*_READERS, ".parquet", *_PACKED) else ""
+    if other:
+        raise DataError(f"{path}: cannot be read ({other}); expected the rows themselves")
     if ending == ".parquet":
         rows = list(_parquet(path))
     elif ending in _READERS:
@@ -169,6 +172,11 @@ def _csv(text: str, path: str) -> Iterator[Row]:
                 continue
             if not header:
                 header = values
+                if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+                    raise DataError(
+                        f"{where}: one column, {header[0]!r}; expected commas between columns; "
+                        "save the file anew with commas"
+                    )
                 if len(set(header)) != len(header):
                     raise DataError(f"{where}: a column's name stands twice; rename one of the two")
                 continue
@@ -190,6 +198,7 @@ def _skip(text: str, position: int) -> int:
     return position
 
 
+_PACKED = (".gz", ".zip", ".zst", ".xz", ".bz2")
 _READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_rows, ".csv": _csv}
 
 

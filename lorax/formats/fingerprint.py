@@ -56,6 +56,7 @@ from lorax.version import __version__
 
 log = logging.getLogger(__name__)
 
+MOST_NAMED = 5  # options that a message names
 KEY = "lorax.fingerprint"
 FORMAT = 2
 # Of an adapter's config, what says nothing about what it computes or trains.
@@ -357,12 +358,12 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     """What options mean that an adapter does not state: it is older than they are."""
     config: Any = model.config
     stated = _config(model)
-    return {o.name: o.default for o in dataclasses.fields(config) if o.name in stated}
+    options = [o for o in dataclasses.fields(config) if o.name in stated]
+    return {o.name: o.default for o in options if o.default is not dataclasses.MISSING}
 
 
 def _different(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key} {now.get(key)!r} here, {then.get(key)!r} there"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key)
-    ]
+    keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    keys = ["kind"] if "kind" in keys else keys  # of another kind's options each one differs
+    found = [f"{key} {now.get(key)!r} here, {then.get(key)!r} there" for key in keys[:MOST_NAMED]]
+    return found + ([f"and {len(keys) - MOST_NAMED} more"] if len(keys) > MOST_NAMED else [])

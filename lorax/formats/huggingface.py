@@ -146,6 +146,8 @@ def open_model_files(path: str | os.PathLike[str], revision: str | None = None) 
         gguf = gguf_files.open_gguf(where)
         model = new_model(gguf.config)
         return ModelFiles(where, None, model, gguf, _match_names(model, gguf.names, where))
+    if not (where / "config.json").is_file():
+        raise FormatError(f"{where}: no config.json; expected a model directory{_instead(where)}")
     found = read_json(where / "config.json")
     bits = bitsandbytes.stored_bits(found, str(where))
     model = new_model(read_config(found, str(where / "config.json")))
@@ -156,6 +158,15 @@ def open_model_files(path: str | os.PathLike[str], revision: str | None = None) 
         model = _tied_or_not(model, names, source)
     model.origin = Origin(where.resolve(), found)
     return ModelFiles(where, found, model, source, names)
+
+
+def _instead(directory: Path) -> str:
+    """What to do about a directory that holds no model."""
+    if (directory / "adapter_config.json").is_file():
+        return "; an adapter lies there: give its base model here"
+    if (directory / "adapter_model.safetensors").is_file():
+        return "; an adapter without its adapter_config.json lies there: get that file as well"
+    return "; give the path of one, or get the file as well"
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorax.errors import FormatError
+from lorax.files import why_unreadable
 from lorax.formats.json_files import read_json
 
 SINGLE = "model.safetensors"
@@ -152,7 +153,8 @@ def read_metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise FormatError(
-            f"{path}: not a readable safetensors file ({error}); get the file anew"
+            f"{path}: not a readable safetensors file ({why_unreadable(path, error)}); "
+            "get the file anew"
         ) from None
 
 
@@ -240,5 +242,6 @@ def _names(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise FormatError(
-            f"{path}: not a readable safetensors file ({error}); get the file anew"
+            f"{path}: not a readable safetensors file ({why_unreadable(path, error)}); "
+            "get the file anew"
         ) from None

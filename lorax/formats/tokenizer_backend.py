@@ -66,10 +66,12 @@ def read_backend(
             kind = CLASSES["GPT2Tokenizer"]  # transformers finds no class here and gives up
         backend, special = _from_words(directory, config, kind)
     else:
+        is_adapter = (directory / "adapter_config.json").is_file()
         raise FormatError(
             f"{directory}: no tokenizer.json there, nor tokenizer.model, tekken.json, "
             "tiktoken.model, nor vocab.json with merges.txt; lorax reads no other tokenizer file; "
             "give a directory that has one of them, or let transformers save the tokenizer there"
+            + (" (an adapter lies there; its base model has one)" if is_adapter else "")
         )
     add_special_tokens(backend, special)
     if kind.adds_specials:

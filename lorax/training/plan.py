@@ -15,9 +15,9 @@ from lorax.adapters.counting import count_parameters
 from lorax.adapters.tables import embedding_weight
 from lorax.adapters.variants import UNKNOWN_STEPS
 from lorax.data.batches import epoch_order
-from lorax.data.examples import Example, Examples, load_examples
-from lorax.data.kinds import find_kind, rename
-from lorax.data.rows import Row, read_rows
+from lorax.data.examples import Example, Examples, load_examples, read_checked
+from lorax.data.kinds import find_kind
+from lorax.data.rows import Row
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import RecipeError
@@ -97,12 +97,13 @@ def describe(recipe: Recipe) -> str:
     train = recipe.train
     accumulation = -(-train.batch_size // train.micro_batch_size)
     path = Path(recipe.data.path)
-    rows = rename(read_rows(path), recipe.data.columns, path) if path.is_file() else None
+    rows = read_checked(path, recipe.data.columns) if path.is_file() else None
     apart = len(held_out(len(rows), recipe)) if rows else 0
     steps = total_steps(recipe, len(rows) - apart) if rows else recipe.train.max_steps
     return (
         f"{recipe.to_toml()}\n{_describe_model(recipe)}"
         f"{_describe_data(path, rows, apart, steps)}"
+        f"{_describe_evaluation(recipe)}"
         f"# a step: {train.batch_size} rows in {accumulation} micro-batches of at most "
         f"{train.micro_batch_size}\n"
         f"{_describe_method(recipe, steps)}"
@@ -145,6 +146,15 @@ def _describe_data(path: Path, rows: list[Row] | None, apart: int, steps: int | 
         f"# {path}: {len(rows)} rows, kind: {find_kind(rows[0]).name}, {apart} of them held out\n"
         f"# {steps} optimizer steps, unless rows are dropped for their length\n"
     )
+
+
+def _describe_evaluation(recipe: Recipe) -> str:
+    if not recipe.data.eval_path:
+        return ""
+    path = Path(recipe.data.eval_path)
+    if not path.is_file():
+        return f"# {path} is not here: the run would stop there\n"
+    return f"# {path}: {len(read_checked(path, recipe.data.columns))} rows to evaluate on\n"
 
 
 def _describe_method(recipe: Recipe, steps: int | None) -> str:

@@ -166,7 +166,7 @@ def test_a_folder_named_like_a_partition_adds_no_column(tmp_path):
 def test_a_row_is_named_by_its_number(tmp_path):
     path = tmp_path / "rows.parquet"
     Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", None]}).to_parquet(path)
-    with pytest.raises(DataError, match=r"rows\.parquet:2: completion is a NoneType; expected"):
+    with pytest.raises(DataError, match=r"rows\.parquet:2: completion is null; expected"):
         load_examples(path, byte_tokenizer(), 100)
 
 

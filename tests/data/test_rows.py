@@ -203,7 +203,7 @@ REFUSED = [
     ({"text": "a", "tools": [TOOL]}, "tools"),
     ({"question": "a", "answer": "b", "response": "c"}, "response and answer could both be meant"),
     ({"question": "a", "query": "b", "answer": "c"}, "question and query"),
-    ({"question": "a", "answer": {"text": ["b"]}}, "answer is a dict"),
+    ({"question": "a", "answer": {"text": ["b"]}}, "answer is an object"),
     ({"instruction": "a", "output": "b", "history": [["c"]]}, "history must be"),
     ({"messages": [TALK[0], {"role": "assistant", "content": None}]}, "text as content"),
     ({"conversations": [TURNS[0], {"from": "function_call", "value": "go"}]}, "JSON with a name"),
@@ -223,7 +223,7 @@ def test_what_would_change_the_meaning_is_refused_with_the_line(load, row, words
     [
         ({"conversations": TURNS}, "messages is missing"),
         ({"messages": TALK, "label": False}, "label is False"),
-        ({"messages": None, "text": "a"}, "messages is a NoneType"),
+        ({"messages": None, "text": "a"}, "messages is null"),
     ],
 )
 def test_a_later_row_is_looked_at_as_the_first(load, row, words):
