@@ -3,6 +3,7 @@
 Opening a FIFO would block, /dev/zero would never end, and a link may lead to either.
 """
 
+import codecs
 import stat
 from pathlib import Path
 
@@ -21,6 +22,16 @@ def read_bounded(path: Path, max_bytes: int | None = None) -> bytes:
         raise OSError(f"{info.st_size} bytes; expected at most {max_bytes}")
     with path.open("rb") as file:
         return file.read() if max_bytes is None else file.read(max_bytes)
+
+
+def as_text(data: bytes) -> str:
+    """UTF-8 with or without its mark, or UTF-16 with it; line ends stay as they are.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
 def read_start(path: Path, size: int) -> bytes:

@@ -1,6 +1,5 @@
 """Rows of a json, jsonl, csv or parquet file, each with the place where it stands."""
 
-import codecs
 import csv
 import io
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.errors import DataError, EnvironmentProblem, require
-from lorax.files import read_bounded, why_unreadable
+from lorax.files import as_text, read_bounded, why_unreadable
 
 Row = tuple[dict[str, Any], str]  # the row, and "file:line"
 
@@ -41,11 +40,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _read_text(path: Path) -> str:
-    """UTF-8 with or without its mark, or UTF-16 with it; line ends stay as they are."""
     try:
-        data = read_bounded(path)
-        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        return as_text(read_bounded(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read ({error})"

@@ -29,6 +29,7 @@ from lorax.formats import bitsandbytes, gguf_files, tokenizer_files
 from lorax.formats.beside import copy_generation, copy_papers
 from lorax.formats.directory import written_directory
 from lorax.formats.hub import find_model
+from lorax.formats.instead import instead_of_model
 from lorax.formats.json_files import read_json
 from lorax.formats.model_config import DTYPES, new_model, read_config, stated_dtype
 from lorax.formats.safetensors_files import (
@@ -147,7 +148,9 @@ def open_model_files(path: str | os.PathLike[str], revision: str | None = None) 
         model = new_model(gguf.config)
         return ModelFiles(where, None, model, gguf, _match_names(model, gguf.names, where))
     if not (where / "config.json").is_file():
-        raise FormatError(f"{where}: no config.json; expected a model directory{_instead(where)}")
+        raise FormatError(
+            f"{where}: no config.json; expected a model directory; {instead_of_model(where)}"
+        )
     found = read_json(where / "config.json")
     bits = bitsandbytes.stored_bits(found, str(where))
     model = new_model(read_config(found, str(where / "config.json")))
@@ -158,15 +161,6 @@ def open_model_files(path: str | os.PathLike[str], revision: str | None = None) 
         model = _tied_or_not(model, names, source)
     model.origin = Origin(where.resolve(), found)
     return ModelFiles(where, found, model, source, names)
-
-
-def _instead(directory: Path) -> str:
-    """What to do about a directory that holds no model."""
-    if (directory / "adapter_config.json").is_file():
-        return "; an adapter lies there: give its base model here"
-    if (directory / "adapter_model.safetensors").is_file():
-        return "; an adapter without its adapter_config.json lies there: get that file as well"
-    return "; give the path of one, or get the file as well"
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:

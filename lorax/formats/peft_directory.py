@@ -21,6 +21,7 @@ from lorax.errors import AdapterError, FormatError, require
 from lorax.formats import fingerprint
 from lorax.formats.adapter_card import CARD, card, may_write
 from lorax.formats.directory import written_directory
+from lorax.formats.instead import instead_of_adapter
 from lorax.formats.json_files import read_json
 from lorax.formats.safetensors_files import write_file
 
@@ -62,13 +63,10 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         return directory
     below = sorted(file.parent for file in directory.glob(f"[!.]*/{CONFIG}"))
     if not below:
-        if (directory / "model" / "config.json").is_file():
-            hint = "; full fine-tuning leaves none, its model/ stands alone: give that as the model"
-        elif (directory / "config.json").is_file():
-            hint = "; a model lies there: give the adapter's directory here, the model as its base"
-        else:
-            hint = "; give the path of one"
-        raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory{hint}")
+        raise FormatError(
+            f"{directory}: no {CONFIG}; expected a PEFT adapter directory; "
+            f"{instead_of_adapter(directory)}"
+        )
     if len(below) > 1:
         names = ", ".join(folder.name for folder in below)
         raise FormatError(

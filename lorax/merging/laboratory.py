@@ -40,6 +40,7 @@ from lorax.errors import AdapterError, UsageError, require
 from lorax.formats import bitsandbytes
 from lorax.formats.directory import check_free
 from lorax.formats.huggingface import ModelFiles, open_model_files
+from lorax.formats.instead import instead_of_adapter
 from lorax.formats.json_files import read_json
 from lorax.formats.open_model import open_model
 from lorax.formats.peft_directory import CONFIG
@@ -297,8 +298,8 @@ def open_laboratory(
 def _refuse_what_is_not_merged(place: Place, path: str) -> None:
     if place.adapter is None:
         raise UsageError(
-            f"{path}: no {CONFIG} there; expected an adapter's directory (a model that was "
-            "fine-tuned in full has none)"
+            f"{path}: no {CONFIG} there; expected an adapter's directory; "
+            f"{instead_of_adapter(Path(path).expanduser())}"
         )
     variant = of_file(read_json(place.adapter / CONFIG))
     if variant is not None and variant.no_merge:

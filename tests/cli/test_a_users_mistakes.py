@@ -80,6 +80,27 @@ def test_half_an_adapter_and_nothing_at_all(place, tmp_path):
     assert "without its adapter_config.json" in fails("generate", tmp_path, "hi")
 
 
+@pytest.mark.parametrize(
+    "command", [["generate", "RUN", "hi"], ["merge", "RUN", "out"], ["verify", "RUN"]]
+)
+def test_a_run_that_has_not_ended(place, tmp_path, command):
+    (tmp_path / "config.toml").write_text(recipe(place, tmp_path).to_toml())
+    code = 2 if command[0] == "merge" else 4
+    line = fails(*(tmp_path if word == "RUN" else word for word in command), code=code)
+    assert line.endswith(f"go on with lorax train {tmp_path / 'config.toml'} --resume")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_recipe_as_windows_writes_it(place, tmp_path, encoding):
+    made = recipe(place, tmp_path / "run")
+    file = tmp_path / "recipe.toml"
+    file.write_bytes(made.to_toml().replace("\n", "\r\n").encode(encoding))
+    assert lorax.Recipe.load(file) == made
+    file.write_text('[data]\npath = "C:\\data\\rows.jsonl"\n')
+    with pytest.raises(LoraxError, match="those with a backslash single ones"):
+        lorax.Recipe.load(file)
+
+
 @pytest.mark.parametrize(("mine", "other"), [("model", "gpt2"), ("gpt2", "model")])
 def test_an_adapter_of_another_architecture(place, mine, other):
     line = fails("generate", place / f"{mine}-adapter", "hi", "--base", place / other)
