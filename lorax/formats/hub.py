@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from lorax.errors import EnvironmentProblem, FormatError
-from lorax.formats.beside import GENERATION, PAPERS, TOKENIZER
+from lorax.formats.beside import GENERATION, PAPERS, TEMPLATES, TOKENIZER
 
 MODEL_FILES = [
     "config.json",
@@ -19,16 +19,34 @@ MODEL_FILES = [
     "*.safetensors",
     "model.safetensors.index.json",
     *TOKENIZER,
+    f"{TEMPLATES}/*.jinja",
     *PAPERS,
 ]
-# Patterns match whole paths, and "*" a slash, too.
-NO_MODEL_FILES = ["*/*", "consolidated*", "adapter_*", "model.*.safetensors"]
+
+
+def _in_another_folder(name: str) -> list[str]:
+    """Patterns for what lies in any folder but this; they know no "not", so letter by letter.
+
+    Patterns match whole paths, and "*" a slash, too.
+    """
+    other = [f"{name[:i]}[!{letter}]*/*" for i, letter in enumerate(f"{name}/")]
+    return other + [f"{name[:i]}/*" for i in range(1, len(name))]
+
+
+NO_MODEL_FILES = [
+    *_in_another_folder(TEMPLATES),
+    "*/*.safetensors",
+    "consolidated*",
+    "adapter_*",
+    "model.*.safetensors",
+]
 ADAPTER_FILES = [
     "adapter_config.json",
     "adapter_model.safetensors",
     "*/adapter_config.json",  # PEFT keeps an adapter with a name of its own one folder below
     "*/adapter_model.safetensors",
     *TOKENIZER,
+    f"{TEMPLATES}/*.jinja",
 ]
 NO_ADAPTER_FILES = ["checkpoint-*", "*/*/*"]
 
