@@ -64,6 +64,11 @@ def read_tiktoken(path: Path, special: SpecialTokens) -> Backend:
             f"{path}: not a readable tiktoken file ({error}); get the file anew"
         ) from None
     names = {index: token.content for index, token in special.added.items()}
+    if max(names, default=-1) >= len(vocab) + _MAX_SPECIALS:
+        raise FormatError(
+            f"{path}: has {len(vocab)} tokens, and a special token beside it the id {max(names)}; "
+            f"expected at most {_MAX_SPECIALS} behind them; get both files from one place"
+        )
     behind = [
         names.get(index, f"<|reserved_token_{index}|>")
         for index in range(len(vocab), max(names, default=-1) + 1)

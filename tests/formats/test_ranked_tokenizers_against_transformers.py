@@ -127,6 +127,13 @@ def test_a_damaged_tiktoken_file_is_refused_in_one_line(tmp_path, content):
     assert "\n" not in str(e.value)
 
 
+def test_a_special_token_far_behind_the_file_is_refused(tmp_path):
+    config = {"added_tokens_decoder": {"4000000000": flat("<far>", special=True)}}
+    tiktoken_directory(tmp_path, tokenizer_config=config)
+    with pytest.raises(FormatError, match=r"has 267 tokens.*the id 4000000000; expected at most"):
+        lorax.load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     "change",
     [
