@@ -28,7 +28,7 @@ def evaluate(
     path
         A model (directory, Hub id or .gguf), an adapter (directory or Hub id) or a run's directory.
     data
-        A jsonl, json or csv file, of any kind that training takes.
+        A jsonl, json, csv or parquet file, of any kind that training takes.
     """
     from lorax.adapters.tables import embedding_weight
     from lorax.data.examples import load_examples

@@ -34,7 +34,7 @@ def parse_overrides(tokens: tuple[str, ...]) -> dict[str, Any]:
             raise UsageError(f"{token}: expected --section.key value, such as --train.epochs 2")
         if not equals:
             if not rest:
-                raise UsageError(f"--{key}: its value is missing")
+                raise UsageError(f"--{key}: its value is missing; write --{key} VALUE")
             value = rest.pop(0)
         overrides[key] = _toml_value(value)
     return overrides

@@ -252,8 +252,8 @@ def _spans_by_growth(talk: Conversation, whole: str, tokenizer: Tokenizer) -> di
         if not (is_there and after.startswith(before) and whole.startswith(after)):
             raise TemplateError(
                 f"chat template: message {n + 1} is rewritten or changes what stands before "
-                "it, so the answer's place cannot be found; a template with {% generation %} "
-                "marks it"
+                "it, so the answer's place cannot be found; use a template that marks it "
+                "with {% generation %}"
             )
         found[n] = (len(before), len(after))
     return found

@@ -117,6 +117,20 @@ def load_examples(
     return Examples(examples, kind.name, truncated, len(rows) - len(examples))
 
 
+def read_checked(path: Path, columns: Mapping[Column, str] | None = None) -> list[Row]:
+    """The rows of a file, each looked at as training does, as far as no tokenizer is needed.
+
+    Raises:
+        DataError: the file or a row of it cannot be used, with file and line.
+    """
+    rows = rename(read_rows(path), columns, path)
+    kind = find_kind(rows[0])
+    for row in rows:
+        check_kind(row, kind)
+        read_row(row, kind, bool(columns))
+    return rows
+
+
 def encode(segments: list[Segment], tokenizer: Tokenizer) -> Example:
     """Encode segments behind each other.
 

@@ -83,8 +83,8 @@ def rename(rows: list[Row], columns: Mapping[Column, str] | None, path: object) 
         if not any(source in values for values, _ in rows):
             found = ", ".join(sorted(rows[0][0]))
             raise DataError(
-                f"{path}: data.columns.{name} = {source!r}: no row has such a column; the first "
-                f"has {found}"
+                f"{path}: data.columns.{name} = {source!r}: no row has such a column; expected "
+                f"one of the first row's: {found}"
             )
     dropped = {*columns, *columns.values()}
     if _make_a_kind({*columns}):
@@ -133,6 +133,7 @@ def find_kind(row: Row) -> Kind:
         return Kind("alpaca" if both == ("instruction", "output") else "/".join(both), both)
     if "text" in there:
         return Kind("text", ("text",))
+    _refuse_by_name(row)
     raise DataError(
         f"{where}: columns {sorted(values)} fit no kind of row; expected messages, conversations, "
         "prompt and completion, instruction and output, question and answer, or text; "
@@ -148,7 +149,8 @@ def check_kind(row: Row, kind: Kind) -> None:
     found = find_kind(row)
     if found != kind:
         raise DataError(
-            f"{row[1]}: this row's columns make it {found.name}, the first row's {kind.name}"
+            f"{row[1]}: this row's columns make it {found.name}, the first row's {kind.name}; "
+            "give the rows of each kind a file, or name the columns with data.columns"
         )
 
 
@@ -226,7 +228,9 @@ def _conversation(row: Row, messages: list[Any], trained: list[bool]) -> Convers
     if system:
         text = _text(row, system[0])
         if messages[0]["role"] == "system" and messages[0]["content"] != text:
-            raise DataError(f"{where}: {system[0]} and the first message are two system texts")
+            raise DataError(
+                f"{where}: {system[0]} and the first message are two system texts; remove one"
+            )
         if messages[0]["role"] != "system":
             messages, trained = [{"role": "system", "content": text}, *messages], [False, *trained]
     if not any(trained):
@@ -261,7 +265,7 @@ def _variables(row: Row) -> dict[str, Any]:
     return variables
 
 
-def _refuse_what_cannot_be_used(row: Row, kind: Kind) -> None:
+def _refuse_by_name(row: Row) -> None:
     values, where = row
     for name, advice in _REFUSED.items():
         if values.get(name):
@@ -269,6 +273,11 @@ def _refuse_what_cannot_be_used(row: Row, kind: Kind) -> None:
     for name in _MEDIA:
         if values.get(name):
             raise DataError(f"{where}: column {name}: lorax trains on text only; remove the row")
+
+
+def _refuse_what_cannot_be_used(row: Row, kind: Kind) -> None:
+    _refuse_by_name(row)
+    values, where = row
     label = values.get("label")
     if label is False or (kind.name != "text" and str(label).lower() in ("0", "false")):
         raise DataError(
@@ -292,9 +301,20 @@ def _refuse_beside(row: Row, kind: Kind, names: tuple[str, ...]) -> None:
             )
 
 
+_KINDS: dict[type, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    bytes: "bytes",
+}
+
+
 def _text(row: Row, key: str) -> str:
     value: Any = row[0].get(key)
     if not isinstance(value, str):
-        found = "missing" if key not in row[0] else f"a {type(value).__name__}"
-        raise DataError(f"{row[1]}: {key} is {found}; expected a text")
+        found = "missing" if key not in row[0] else _KINDS.get(type(value), "another kind of value")
+        raise DataError(f"{row[1]}: {key} is {found}; expected a text; mend the row, or remove it")
     return value

@@ -1,6 +1,5 @@
 """Rows of a json, jsonl, csv or parquet file, each with the place where it stands."""
 
-import codecs
 import csv
 import io
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.errors import DataError, EnvironmentProblem, require
-from lorax.files import read_bounded
+from lorax.files import as_text, read_bounded, why_unreadable
 
 Row = tuple[dict[str, Any], str]  # the row, and "file:line"
 
@@ -23,23 +22,26 @@ def read_rows(path: Path) -> list[Row]:
     """
     path = require(path)
     ending = path.suffix.lower()
+    other = why_unreadable(path, "") if ending in (*_READERS, ".parquet", *_PACKED) else ""
+    if other:
+        raise DataError(f"{path}: cannot be read ({other}); expected the rows themselves")
     if ending == ".parquet":
         rows = list(_parquet(path))
     elif ending in _READERS:
         rows = list(_READERS[ending](_read_text(path), str(path)))
     else:
-        raise DataError(f"{path}: expected a .jsonl, .json, .csv or .parquet file")
+        raise DataError(
+            f"{path}: expected a .jsonl, .json, .csv or .parquet file; rename it if it is one of "
+            "these, or convert it, for example with the datasets package"
+        )
     if not rows:
         raise DataError(f"{path}: no rows; expected at least one; give another file")
     return rows
 
 
 def _read_text(path: Path) -> str:
-    """UTF-8 with or without its mark, or UTF-16 with it; line ends stay as they are."""
     try:
-        data = read_bounded(path)
-        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        return as_text(read_bounded(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read ({error})"
@@ -67,15 +69,27 @@ def _parquet(path: Path) -> Iterator[Row]:
             f"{path}: reading parquet needs pyarrow: pip install pyarrow"
         ) from None
     try:
-        values = parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+        if not path.is_file():
+            raise OSError("it is no regular file")
+        values = parquet.read_table(path, partitioning=None).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: no UTF-8
         first = str(error).split("\n")[0]
         raise DataError(
             f"{path}: cannot be read ({first})"
             "; expected a Parquet file; save it anew, or give another path"
         ) from None
     for number, row in enumerate(values, 1):
-        yield row, f"{path}:{number}"
+        yield {name: _without_nulls(value) for name, value in row.items()}, f"{path}:{number}"
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value as JSON lines have it: every struct of a column has the keys of all, null or not.
+
+    Left in, they would be words of a template that writes tools or arguments. As TRL does.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _jsonl(text: str, path: str) -> Iterator[Row]:
@@ -96,7 +110,7 @@ def _json(text: str, path: str) -> Iterator[Row]:
     decoder = json.JSONDecoder()
     position = _skip(text, 0)
     if text[position : position + 1] != "[":
-        raise DataError(f"{path}:1: expected a JSON array of rows")
+        raise DataError(f"{path}:1: expected a JSON array of rows; write [ before the first")
     position = _skip(text, position + 1)
     line, counted = 1, 0
     while text[position : position + 1] != "]":
@@ -113,7 +127,9 @@ def _json(text: str, path: str) -> Iterator[Row]:
         if text[position : position + 1] == ",":
             position = _skip(text, position + 1)
         elif text[position : position + 1] != "]":
-            raise DataError(f"{where}: expected a comma or the end of the array behind this row")
+            raise DataError(
+                f"{where}: expected a comma or the end of the array behind this row; mend it there"
+            )
     end = _skip(text, position + 1)
     if end < len(text):
         line = 1 + text.count("\n", 0, end)
@@ -152,8 +168,13 @@ def _csv(text: str, path: str) -> Iterator[Row]:
                 continue
             if not header:
                 header = values
+                if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+                    raise DataError(
+                        f"{where}: one column, {header[0]!r}; expected commas between columns; "
+                        "save the file anew with commas"
+                    )
                 if len(set(header)) != len(header):
-                    raise DataError(f"{where}: a column's name stands twice")
+                    raise DataError(f"{where}: a column's name stands twice; rename one of the two")
                 continue
             if len(values) != len(header):
                 raise DataError(
@@ -173,10 +194,14 @@ def _skip(text: str, position: int) -> int:
     return position
 
 
+_PACKED = (".gz", ".zip", ".zst", ".xz", ".bz2")
 _READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_rows, ".csv": _csv}
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object, found {type(value).__name__}")
+        raise DataError(
+            f"{where}: expected an object, found {type(value).__name__}; "
+            'write each row as {"column": value, ...}, or remove it'
+        )
     return value

@@ -62,7 +62,9 @@ class ChatTemplate:
         """
         answer = _worker.ask({"source": self.source, "variables": variables})
         if "error" in answer:
-            raise TemplateError(f"chat template: {answer['error']}")
+            raise TemplateError(
+                f"chat template: {answer['error']}; mend the messages or the template"
+            )
         return Rendered(answer["text"], tuple((start, end) for start, end in answer["spans"]))
 
 

@@ -91,8 +91,15 @@ class Tokenizer:
         A text that begins with the bos token already does not get a second one.
 
         Raises:
-            UsageError: the text holds half of a surrogate pair, which is no character.
+            UsageError: the text holds half of a surrogate pair, which is no character, or Code
+                Llama's fill token, which is a place and no token.
         """
+        fill = self.other_tokens.get("fill_token")
+        if fill is not None and fill in text:
+            raise UsageError(
+                f"{fill} stands for what is to be filled in; expected the tokens that the model "
+                "reads; write '\u2581<PRE> BEFORE\u2581<SUF> BEHIND\u2581<MID>'"
+            )
         try:
             ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:  # the library's word for a text that UTF-8 cannot write

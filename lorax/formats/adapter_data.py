@@ -6,6 +6,7 @@ its start out of the base, quantizes or scales it is refused, by what its varian
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ from lorax.formats.peft_directory import (
 )
 from lorax.formats.safetensors_files import FLOATS, read_file
 
+log = logging.getLogger(__name__)
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -50,7 +52,9 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or tensor.dim() != 2:
             kind = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise AdapterError(f"{file}: {name} is {kind}; expected a matrix, floating")
+            raise AdapterError(
+                f"{file}: {name} is {kind}; expected a matrix, floating; get the file anew"
+            )
         if not torch.isfinite(tensor).all():
             raise AdapterError(
                 f"{file}: {name} is not finite; get the file anew, or train the adapter again"
@@ -84,15 +88,29 @@ def weighted_sum(paths: Sequence[str | os.PathLike[str]], weights: Sequence[floa
 
     Raises:
         UsageError: no directory, or not as many weights as directories.
-        AdapterError, FormatError: as `read_adapter`; or shapes that do not fit.
+        AdapterError, FormatError: as `read_adapter`; shapes that do not fit, or adapters of other
+            bases that have no module in common. Other names of one base are a line in the log.
     """
     weights = list(weights) or [1.0] * len(paths)
     if not paths or len(weights) != len(paths):
         raise UsageError(f"{len(paths)} adapters and {len(weights)} weights; expected one for each")
-    first, *others = (
-        weight * read_adapter(path) for path, weight in zip(paths, weights, strict=True)
-    )
+    adapters = [read_adapter(path) for path in paths]
+    for adapter in adapters[1:]:
+        _check_base(adapters[0], adapter)
+    first, *others = (weight * adapter for adapter, weight in zip(adapters, weights, strict=True))
     return sum(others, first)
+
+
+def _check_base(first: Adapter, other: Adapter) -> None:
+    bases = f"{first.base!r} and {other.base!r}"
+    if first.base == other.base:
+        return
+    if first.layers.keys().isdisjoint(other.layers):
+        raise AdapterError(
+            f"the adapters name the bases {bases}, and adapt no module in common; "
+            "expected adapters of one base; leave one out"
+        )
+    log.warning("the adapters name the bases %s; their sum needs these to be the same", bases)
 
 
 def _checked(config: AdapterConfig, where: str) -> LoRAConfig:
@@ -129,6 +147,6 @@ def _layer(name: str, tensors: dict[str, Tensor], config: LoRAConfig, where: str
     if A.shape[0] != B.shape[1] or A.shape[0] != config.rank(name):
         raise AdapterError(
             f"{where}: {name} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}; "
-            f"expected rank {config.rank(name)}"
+            f"expected rank {config.rank(name)}; get config and tensors from one save"
         )
     return LowRank(A, B, config.scaling(name))

@@ -20,7 +20,7 @@ from lorax.errors import LoraxError
 from lorax.formats.huggingface import load_tokenizer
 from lorax.formats.tokenizer_files import read_template, read_tokenizer
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_VOCABULARIES = ("tokenizer.json", "tekken.json", "tokenizer.model", "tiktoken.model", "vocab.json")
 
 
 def load_adapter_tokenizer(adapter: Path | None, base: str | os.PathLike[str]) -> Tokenizer:

@@ -90,7 +90,7 @@ def check_tensor(name: str, tensor: Tensor, expected: Tensor, where: str) -> Non
     if tensor.shape != expected.shape or tensor.dtype not in FLOATS:
         raise AdapterError(
             f"{where}: {name} is {tuple(tensor.shape)} {tensor.dtype}; "
-            f"expected {tuple(expected.shape)}, floating"
+            f"expected {tuple(expected.shape)}, floating; load it over the base that was trained"
         )
     if not torch.isfinite(tensor).all():
         raise AdapterError(f"{where}: {name} is not finite; get the file anew, or train again")

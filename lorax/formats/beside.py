@@ -14,13 +14,17 @@ from lorax.formats.json_files import read_json
 TOKENIZER = (
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "merges.txt",
     "special_tokens_map.json",
+    "tekken.json",
+    "tiktoken.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
 )
+TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
 GENERATION = "generation_config.json"
 PAPERS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
@@ -55,3 +59,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    for file in sorted((source / TEMPLATES).glob("*.jinja")):
+        (target / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(file, target / TEMPLATES / file.name)

@@ -123,7 +123,10 @@ class QuantizedFiles:
         if parts is None:
             return None
         if not isinstance(module, nn.Linear):
-            raise FormatError(f"{name} is quantized; expected that of a {type(module).__name__}")
+            raise FormatError(
+                f"{name} is quantized; expected the plain weight of a {type(module).__name__}; "
+                "get config.json and tensors from one save"
+            )
         # Copies, for what is read is the mapped file itself, which may change or go away later.
         tensors = {part: self.read(full).clone() for part, full in parts.items()}
         tensors["weight"] = self.read(name).clone()
@@ -134,7 +137,8 @@ class QuantizedFiles:
         if weight.shape != (module.out_features, module.in_features):
             raise FormatError(
                 f"{name}: quantized from {tuple(weight.shape)}; "
-                f"expected {(module.out_features, module.in_features)}, which is (out, in)"
+                f"expected {(module.out_features, module.in_features)}, which is (out, in); "
+                "get config.json and tensors from one save"
             )
         return weight
 
@@ -150,7 +154,10 @@ class QuantizedFiles:
         weight = QuantizedTensor.from_bitsandbytes(tensors, dtype)
         extra = sorted(set(tensors) - set(weight.to_bitsandbytes()))
         if extra:
-            raise QuantizationError(f"{extra[0]}: not expected with format {weight.format}")
+            raise QuantizationError(
+                f"{extra[0]}: not expected with format {weight.format}; get the file anew, or save "
+                "the model again"
+            )
         return weight
 
 
@@ -165,7 +172,8 @@ def _check_scales(tensors: Mapping[str, Tensor]) -> None:
             first = int(bad[0])
             raise QuantizationError(
                 f"{name}: {len(bad)} of {scales.numel()} scales are negative or not finite, the "
-                f"first at [{first}] ({scales.flatten()[first].item()})"
+                f"first at [{first}] ({scales.flatten()[first].item()}); get the file anew, or "
+                "save the model again"
             )
 
 

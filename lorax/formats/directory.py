@@ -66,7 +66,7 @@ def check_free(target: Path) -> None:
     """
     target = target.expanduser()
     if (target.is_symlink() or target.exists()) and not target.is_dir():
-        raise UsageError(f"{target}: is a file; expected a directory to write")
+        raise UsageError(f"{target}: is a file; expected a directory to write; give another path")
     if target.is_dir() and any(path.name != "lost+found" for path in target.iterdir()):
         raise UsageError(f"{target}: is not empty; choose another directory or remove it")
 

@@ -56,6 +56,7 @@ from lorax.version import __version__
 
 log = logging.getLogger(__name__)
 
+MOST_NAMED = 5  # options that a message names
 KEY = "lorax.fingerprint"
 FORMAT = 2
 # Of an adapter's config, what says nothing about what it computes or trains.
@@ -109,7 +110,10 @@ def parse(text: str, where: str) -> dict[str, Any]:
         for key in path:
             part = part.get(key)
         if not isinstance(part, dict):
-            raise FormatError(f"{where}: {KEY}: {'.'.join(path)} is {part!r}; expected an object")
+            raise FormatError(
+                f"{where}: {KEY}: {'.'.join(path)} is {part!r}; expected an object; "
+                "get the file anew"
+            )
     return found
 
 
@@ -138,7 +142,10 @@ def check_adapter(
         if _as_json(settings.get(key, defaults.get(key)))
         != _as_json(then.get(key, defaults.get(key)))
     ]
-    hint = "if it is meant, lorax.load_adapter(..., check_adapter=False) and save_adapter again"
+    hint = (
+        "Get the files anew; or, if the change is meant, use "
+        "lorax.load_adapter(..., check_adapter=False) and save_adapter again"
+    )
     if edited:
         raise AdapterError(f"{where}: changed since it was saved: {'; '.join(edited)}. {hint}")
     lines = _lines_by_name(tensors)
@@ -163,7 +170,7 @@ def check_base(found: Mapping[str, Any], model: nn.Module, where: str) -> None:
     now, then = quantization(model), found.get("quantization")
     name = getattr(model, "name_or_path", "") or "a model without files"
     ways = _different(_defaults(model) | stated["config"], _config(model))
-    hint = "load it over its base, or with check_base=False (--no-check-base) if you know better"
+    hint = "Load it over its base, or with check_base=False (--no-check-base) if you know better"
     if ways:
         raise AdapterError(
             f"{where}: trained over {stated.get('path')}, this is {name}, and their configs "
@@ -351,12 +358,12 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     """What options mean that an adapter does not state: it is older than they are."""
     config: Any = model.config
     stated = _config(model)
-    return {o.name: o.default for o in dataclasses.fields(config) if o.name in stated}
+    options = [o for o in dataclasses.fields(config) if o.name in stated]
+    return {o.name: o.default for o in options if o.default is not dataclasses.MISSING}
 
 
 def _different(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key} {now.get(key)!r} here, {then.get(key)!r} there"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key)
-    ]
+    keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    keys = ["kind"] if "kind" in keys else keys  # of another kind's options each one differs
+    found = [f"{key} {now.get(key)!r} here, {then.get(key)!r} there" for key in keys[:MOST_NAMED]]
+    return found + ([f"and {len(keys) - MOST_NAMED} more"] if len(keys) > MOST_NAMED else [])

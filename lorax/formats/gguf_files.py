@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import FormatError, UnsupportedModel
+from lorax.files import why_unreadable
 from lorax.formats.gguf_tokenizer import build_tokenizer
 from lorax.formats.model_config import read_config
 from lorax.models.families import FAMILIES, Family
@@ -83,7 +84,8 @@ def open_gguf(path: Path) -> GGUFFile:
             fields = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the reader has no error class of its own
         raise FormatError(
-            f"{path}: not a readable GGUF file ({error!r}); get the file anew"
+            f"{path}: not a readable GGUF file ({why_unreadable(path, repr(error))}); "
+            "get the file anew"
         ) from None
     return GGUFFile(path, fields, {tensor.name: tensor for tensor in reader.tensors})
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from lorax.errors import EnvironmentProblem, FormatError
-from lorax.formats.beside import GENERATION, PAPERS, TOKENIZER
+from lorax.formats.beside import GENERATION, PAPERS, TEMPLATES, TOKENIZER
 
 MODEL_FILES = [
     "config.json",
@@ -19,16 +19,34 @@ MODEL_FILES = [
     "*.safetensors",
     "model.safetensors.index.json",
     *TOKENIZER,
+    f"{TEMPLATES}/*.jinja",
     *PAPERS,
 ]
-# Patterns match whole paths, and "*" a slash, too.
-NO_MODEL_FILES = ["*/*", "consolidated*", "adapter_*", "model.*.safetensors"]
+
+
+def _in_another_folder(name: str) -> list[str]:
+    """Patterns for what lies in any folder but this; they know no "not", so letter by letter.
+
+    Patterns match whole paths, and "*" a slash, too.
+    """
+    other = [f"{name[:i]}[!{letter}]*/*" for i, letter in enumerate(f"{name}/")]
+    return other + [f"{name[:i]}/*" for i in range(1, len(name))]
+
+
+NO_MODEL_FILES = [
+    *_in_another_folder(TEMPLATES),
+    "*/*.safetensors",
+    "consolidated*",
+    "adapter_*",
+    "model.*.safetensors",
+]
 ADAPTER_FILES = [
     "adapter_config.json",
     "adapter_model.safetensors",
     "*/adapter_config.json",  # PEFT keeps an adapter with a name of its own one folder below
     "*/adapter_model.safetensors",
     *TOKENIZER,
+    f"{TEMPLATES}/*.jinja",
 ]
 NO_ADAPTER_FILES = ["checkpoint-*", "*/*/*"]
 
@@ -47,7 +65,9 @@ def find_model(path: str | os.PathLike[str], revision: str | None = None) -> Pat
         if not local.is_file():
             raise EnvironmentProblem(f"{local}: no such file; give the path of one that is there")
         if local.suffix != ".gguf":
-            raise FormatError(f"{local}: expected a model directory, a .gguf file or a Hub id")
+            raise FormatError(
+                f"{local}: expected a model directory, a .gguf file or a Hub id; give one"
+            )
         return local
     return _download(os.fspath(path), revision, MODEL_FILES, NO_MODEL_FILES)
 
@@ -84,5 +104,6 @@ def _download(name: str, revision: str | None, wanted: list[str], unwanted: list
     except Exception as error:  # the hub client raises its own, httpx's and OSErrors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise EnvironmentProblem(
-            f"{name}: no such directory here, and the Hub did not give it ({reason})"
+            f"{name}: no such directory here, and the Hub did not give it ({reason}); give the "
+            "path of a directory, or mend the id or the connection"
         ) from None

@@ -29,6 +29,7 @@ from lorax.formats import bitsandbytes, gguf_files, tokenizer_files
 from lorax.formats.beside import copy_generation, copy_papers
 from lorax.formats.directory import written_directory
 from lorax.formats.hub import find_model
+from lorax.formats.instead import instead_of_model
 from lorax.formats.json_files import read_json
 from lorax.formats.model_config import DTYPES, new_model, read_config, stated_dtype
 from lorax.formats.safetensors_files import (
@@ -146,6 +147,10 @@ def open_model_files(path: str | os.PathLike[str], revision: str | None = None) 
         gguf = gguf_files.open_gguf(where)
         model = new_model(gguf.config)
         return ModelFiles(where, None, model, gguf, _match_names(model, gguf.names, where))
+    if not (where / "config.json").is_file():
+        raise FormatError(
+            f"{where}: no config.json; expected a model directory; {instead_of_model(where)}"
+        )
     found = read_json(where / "config.json")
     bits = bitsandbytes.stored_bits(found, str(where))
     model = new_model(read_config(found, str(where / "config.json")))
@@ -270,7 +275,10 @@ def _match_names(model: Model, found: list[str], where: Path) -> dict[str, str]:
             names[model.embedding_name] = names.pop("lm_head.weight")
     missing = sorted(expected - set(names))
     if missing:
-        raise FormatError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        raise FormatError(
+            f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}; get the "
+            "files anew, or the config.json that belongs to these weights"
+        )
     return names
 
 
@@ -345,6 +353,7 @@ def _shaped(tensor: Tensor, name: str, shape: torch.Size, model: Model) -> Tenso
     tensor = model.as_stored(name, tensor)
     if tensor.shape != shape or tensor.dtype not in FLOATS:
         raise FormatError(
-            f"{name}: found {tuple(tensor.shape)} {tensor.dtype}; expected {tuple(shape)}, floating"
+            f"{name}: found {tuple(tensor.shape)} {tensor.dtype}; expected {tuple(shape)}, "
+            "floating; get the config.json that belongs to these weights"
         )
     return tensor

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.errors import FormatError
-from lorax.files import read_bounded
+from lorax.files import read_bounded, why_unreadable
 
 MAX_BYTES = 64 * 2**20  # tokenizer.json of a large vocabulary is 20 MB; a config a few kB
 _MAX_DIGITS = 300  # of whole numbers that stay whole: float64 holds those, if not exactly
@@ -28,7 +28,13 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, constants: bool = False
         raise FormatError(
             f"{path}: cannot be read ({error}); give another path, or get the file anew"
         ) from None
-    return parse_json(text, str(path), constants=constants)
+    try:
+        return parse_json(text, str(path), constants=constants)
+    except FormatError as error:
+        reason = why_unreadable(path, "")
+        if not reason:
+            raise
+        raise FormatError(f"{path}: no JSON ({reason}); get the file anew") from error
 
 
 def parse_json(text: str, where: str, *, constants: bool = False) -> dict[str, Any]:
@@ -57,7 +63,9 @@ def parse_json(text: str, where: str, *, constants: bool = False) -> dict[str, A
             f"{where}: not valid JSON ({error}); mend it there, or get the file anew"
         ) from None
     if not isinstance(value, dict):
-        raise FormatError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise FormatError(
+            f"{where}: expected a JSON object, found {type(value).__name__}; get the file anew"
+        )
     return value
 
 

@@ -246,7 +246,7 @@ def _in_form(
     bases = {name: layer.base_layer for name, layer in layers.items()}
     lost = start_is_lost(model, config, bases)
     if plain is False and lost is not None:
-        raise AdapterError(f"{lost}: it can only be saved as a plain LoRA")
+        raise AdapterError(f"{lost}: it can only be saved as a plain LoRA; leave plain=False out")
     if plain is None and lost is not None:
         log.warning("saving as a plain LoRA of rank 2r: %s", lost)
         plain = True

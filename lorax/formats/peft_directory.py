@@ -21,6 +21,7 @@ from lorax.errors import AdapterError, FormatError, require
 from lorax.formats import fingerprint
 from lorax.formats.adapter_card import CARD, card, may_write
 from lorax.formats.directory import written_directory
+from lorax.formats.instead import instead_of_adapter
 from lorax.formats.json_files import read_json
 from lorax.formats.safetensors_files import write_file
 
@@ -62,10 +63,10 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         return directory
     below = sorted(file.parent for file in directory.glob(f"[!.]*/{CONFIG}"))
     if not below:
-        hint = ""
-        if (directory / "model" / "config.json").is_file():
-            hint = "; full fine-tuning leaves none, its model/ stands alone"
-        raise FormatError(f"{directory}: no {CONFIG}; expected a PEFT adapter directory{hint}")
+        raise FormatError(
+            f"{directory}: no {CONFIG}; expected a PEFT adapter directory; "
+            f"{instead_of_adapter(directory)}"
+        )
     if len(below) > 1:
         names = ", ".join(folder.name for folder in below)
         raise FormatError(
@@ -115,7 +116,10 @@ def write_peft_directory(
     """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{name} is not finite; an adapter like that is not saved")
+            raise AdapterError(
+                f"{name} is not finite; an adapter like that is not saved; train it again with a "
+                "lower learning rate"
+            )
     with written_directory(Path(path), replace=True) as directory:
         write_file(tensors, directory / TENSORS, {fingerprint.KEY: mark} if mark else None)
         values = _peft_config(config, base)

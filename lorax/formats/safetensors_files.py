@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorax.errors import FormatError
+from lorax.files import why_unreadable
 from lorax.formats.json_files import read_json
 
 SINGLE = "model.safetensors"
@@ -69,7 +70,10 @@ class TensorFiles:
         with open_file(self.home[name]) as file:
             kind = file.get_slice(name).get_dtype()
         if kind not in _DTYPES:
-            raise FormatError(f"{self.home[name]}: tensor {name} has the unknown dtype {kind}")
+            raise FormatError(
+                f"{self.home[name]}: tensor {name} has the unknown dtype {kind}; expected one of "
+                f"{', '.join(_DTYPES)}; save the model again as one of them"
+            )
         return _DTYPES[kind]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -101,7 +105,9 @@ def open_checkpoint(directory: Path, name: str | None = None) -> TensorFiles:
         raise FormatError(f"{directory}: neither {SINGLE} nor {INDEX} is there{hint}")
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{directory / INDEX}: weight_map must name the tensors' files")
+        raise FormatError(
+            f"{directory / INDEX}: weight_map must name the tensors' files; get the index anew"
+        )
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.strip("."):
             raise FormatError(
@@ -147,7 +153,8 @@ def read_metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise FormatError(
-            f"{path}: not a readable safetensors file ({error}); get the file anew"
+            f"{path}: not a readable safetensors file ({why_unreadable(path, error)}); "
+            "get the file anew"
         ) from None
 
 
@@ -235,5 +242,6 @@ def _names(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise FormatError(
-            f"{path}: not a readable safetensors file ({error}); get the file anew"
+            f"{path}: not a readable safetensors file ({why_unreadable(path, error)}); "
+            "get the file anew"
         ) from None

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 from lorax.errors import EnvironmentProblem, FormatError
+from lorax.files import why_unreadable
 
 MAX_BYTES = 64 * 2**20  # a large model's is 5 MB
 _MAX_CHARACTERS = 1000  # of a piece; they are cut at every place
@@ -55,7 +56,7 @@ def read_sentencepiece(path: Path) -> SentencePieces:
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise FormatError(f"{path}: {size} bytes; expected at most {MAX_BYTES}")
+        raise FormatError(f"{path}: {size} bytes; expected at most {MAX_BYTES}; get the file anew")
     try:
         from sentencepiece import sentencepiece_model_pb2 as messages
     except ImportError as error:
@@ -70,7 +71,8 @@ def read_sentencepiece(path: Path) -> SentencePieces:
         proto.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError
         raise FormatError(
-            f"{path}: not a readable sentencepiece model ({error}); get the file anew"
+            f"{path}: not a readable sentencepiece model ({why_unreadable(path, error)}); "
+            "get the file anew"
         ) from None
     if not proto.pieces or max(len(piece.piece) for piece in proto.pieces) > _MAX_CHARACTERS:
         raise FormatError(

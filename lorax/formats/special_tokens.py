@@ -49,12 +49,14 @@ class SpecialTokens:
     named: by attribute ("bos_token" ...; a model's own, as "image_token", behind them); None where
         a file says null.
     extra: further special tokens.
+    states_extra: whether a config has any of these.
     added: tokens beside or behind the vocabulary, by id.
     """
 
     named: dict[str, Token | None]
     extra: list[Token]
     added: dict[int, AddedToken]
+    states_extra: bool
 
     def text(self, name: str) -> str | None:
         """A named token as a text."""
@@ -103,16 +105,25 @@ def read_special_tokens(
     for key, value in [*((k, values[k]) for k in values if _is_own(k)), *own.items()]:
         if isinstance(value, str | dict):
             named[key] = _token(value, f"{where}: {key}")
+        elif value is None:  # the class's own is not wanted
+            named[key] = None
     if _EXTRA not in values and pieces is not None:
-        return SpecialTokens(named, list(pieces), added)
-    extra = values.get(_EXTRA, values.get(_ADDITIONAL))
-    return SpecialTokens(named, _token_list(extra, f"{where}: {_EXTRA}"), added)
+        return SpecialTokens(named, list(pieces), added, False)
+    extra = _token_list(values.get(_EXTRA, values.get(_ADDITIONAL)), f"{where}: {_EXTRA}")
+    return SpecialTokens(named, extra, added, bool(extra))
 
 
-def complete(special: SpecialTokens, defaults: Mapping[str, str | None]) -> None:
-    """Fill in a class's own special tokens, and put all in transformers' order."""
+def complete(
+    special: SpecialTokens, defaults: Mapping[str, str | None], extra: Sequence[str] = ()
+) -> None:
+    """Fill in a class's own special tokens, and put all in transformers' order.
+
+    extra: names of those that are extra ones as well, where no config has any.
+    """
     named = {**defaults, **special.named}
     special.named = {key: named[key] for key in (*NAMES, *named) if key in named}
+    if not special.states_extra:
+        special.extra += [token for token in map(named.get, extra) if token is not None]
 
 
 def add_special_tokens(backend: Backend, special: SpecialTokens) -> None:

@@ -1,10 +1,13 @@
 """From which files a tokenizer's backend is made:
 
     tokenizer.json             the `tokenizers` package's own file
-    tokenizer.model            sentencepiece's (Llama 2, Mistral, Gemma)
+    tekken.json                Mistral's, since 2024 (byte_ranks.py)
+    tokenizer.model            sentencepiece's (Llama 2, Mistral, Gemma), or tiktoken's (Llama 3)
+    tiktoken.model             tiktoken's
     vocab.json + merges.txt    byte-level BPE's (GPT-2, Qwen 2)
 
-The first that is there counts, and the class's rules are laid over it (tokenizer_classes.py).
+The first that is there counts, and the class's rules are laid over it (tokenizer_classes.py); those
+of tekken and tiktoken have their own.
 """
 
 from __future__ import annotations
@@ -18,6 +21,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, processors
 
 from lorax.errors import FormatError
+from lorax.formats.byte_ranks import (
+    TEKKEN,
+    TIKTOKEN,
+    is_tiktoken,
+    read_tekken,
+    read_tiktoken,
+)
 from lorax.formats.json_files import MAX_BYTES, read_json
 from lorax.formats.sentencepiece_files import build_plain, merges_of, read_sentencepiece
 from lorax.formats.special_tokens import (
@@ -43,28 +53,39 @@ def read_backend(
     has_words = (directory / VOCABULARY).is_file() and (directory / MERGES).is_file()
     if (directory / JSON).is_file():
         backend, special = _from_json(directory, config, kind)
+    elif (directory / TEKKEN).is_file():
+        special = read_special_tokens(directory, config)
+        complete(special, kind.defaults, kind.extra)
+        backend = read_tekken(directory / TEKKEN)
     elif (directory / SENTENCEPIECE).is_file() and not (has_words and kind.is_byte_level):
-        backend, special = _from_sentencepiece(directory, config, kind)
+        backend, special = _from_model(directory, config, kind)
+    elif (directory / TIKTOKEN).is_file():
+        backend, special = _from_tiktoken(directory / TIKTOKEN, config, kind)
     elif has_words:
         if not kind.is_byte_level:
             kind = CLASSES["GPT2Tokenizer"]  # transformers finds no class here and gives up
         backend, special = _from_words(directory, config, kind)
     else:
+        is_adapter = (directory / "adapter_config.json").is_file()
         raise FormatError(
-            f"{directory}: no tokenizer.json there, nor tokenizer.model, nor vocab.json with "
-            "merges.txt; lorax reads no other tokenizer file; give a directory that has one of "
-            "them, or let transformers save the tokenizer there"
+            f"{directory}: no tokenizer.json there, nor tokenizer.model, tekken.json, "
+            "tiktoken.model, nor vocab.json with merges.txt; lorax reads no other tokenizer file; "
+            "give a directory that has one of them, or let transformers save the tokenizer there"
+            + (" (an adapter lies there; its base model has one)" if is_adapter else "")
         )
     add_special_tokens(backend, special)
     if kind.adds_specials:
         tokens = [*special.named.values(), *special.extra]
         backend.add_tokens(added_again([str(token) for token in tokens if token is not None]))
-    if not (directory / JSON).is_file():  # else its post-processor says it
-        bos, eos = (
-            special.text(f"{name}_token") if config.get(f"add_{name}_token") else None
-            for name in ("bos", "eos")
-        )
-        frame_texts(backend, bos, eos)
+    adds = {"bos": kind.adds_bos, "eos": False}
+    if not (directory / JSON).is_file():
+        adds = {name: config.get(f"add_{name}_token", adds[name]) for name in adds}
+    elif backend.post_processor is not None:  # it says what is added
+        adds = {}
+    bos, eos = (
+        special.text(f"{name}_token") if adds.get(name) else None for name in ("bos", "eos")
+    )
+    frame_texts(backend, bos, eos)
     return backend, special
 
 
@@ -88,7 +109,7 @@ def _from_json(
     padding = found.get("padding")
     if isinstance(padding, dict) and "pad_token" not in {**kind.defaults, **special.named}:
         special.named["pad_token"] = padding.get("pad_token")
-    complete(special, kind.defaults)
+    complete(special, kind.defaults, kind.extra)
     if kind.build is None:
         return Backend.from_file(str(path)), special
     vocab = found["model"]["vocab"]
@@ -109,15 +130,26 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
     return left, right
 
 
-def _from_sentencepiece(
+def _from_tiktoken(
+    path: Path, config: Mapping[str, Any], kind: TokenizerClass
+) -> tuple[Backend, SpecialTokens]:
+    special = read_special_tokens(path.parent, config)
+    complete(special, kind.defaults, kind.extra)
+    return read_tiktoken(path, special), special
+
+
+def _from_model(
     directory: Path, config: Mapping[str, Any], kind: TokenizerClass
 ) -> tuple[Backend, SpecialTokens]:
+    """tokenizer.model: of sentencepiece or, under the same name, of tiktoken."""
+    if is_tiktoken(directory / SENTENCEPIECE):
+        return _from_tiktoken(directory / SENTENCEPIECE, config, kind)
     pieces = read_sentencepiece(directory / SENTENCEPIECE)
     special = read_special_tokens(directory, config, pieces=pieces.added)
     if kind.build is None or kind.is_byte_level:
         complete(special, pieces.defaults)
         return build_plain(pieces, special.added), special
-    complete(special, kind.defaults)
+    complete(special, kind.defaults, kind.extra)
     merges = merges_of(pieces.vocab)
     return kind.build(pieces.vocab, merges, config, special.text("unk_token")), special
 
@@ -131,6 +163,6 @@ def _from_words(
     if merges.stat().st_size > MAX_BYTES:
         raise FormatError(f"{merges}: more than {MAX_BYTES} bytes; get the file anew")
     special = read_special_tokens(directory, config)
-    complete(special, kind.defaults)
+    complete(special, kind.defaults, kind.extra)
     words, pairs = models.BPE.read_file(str(vocabulary), str(merges))
     return kind.build(words, pairs, config, special.text("unk_token")), special

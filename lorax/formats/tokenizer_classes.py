@@ -36,6 +36,8 @@ class TokenizerClass:
     is_byte_level: its slow files are vocab.json and merges.txt.
     adds_specials: it adds all its special tokens once more, as plain AddedTokens.
     keeps_post_processor: else it adds neither bos nor eos, whatever tokenizer.json says.
+    adds_bos: it puts bos before a text, unless tokenizer_config.json says not.
+    extra: names of special tokens that are extra ones, too, unless tokenizer_config.json has some.
     """
 
     defaults: Mapping[str, str | None]
@@ -43,6 +45,8 @@ class TokenizerClass:
     is_byte_level: bool = False
     adds_specials: bool = False
     keeps_post_processor: bool = True
+    adds_bos: bool = False
+    extra: tuple[str, ...] = ()
 
 
 def build_llama(
@@ -59,6 +63,17 @@ def build_llama(
     if scheme != "never":
         steps.append(decoders.Strip(" ", left=1))
     backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def build_code_llama(
+    vocab: Vocabulary, merges: Merges, config: Mapping[str, Any], unk: str | None
+) -> Backend:
+    """Code Llama: Llama 2's, with an unknown token."""
+    backend = build_llama(vocab, merges, {"add_prefix_space": config.get("add_prefix_space")}, unk)
+    backend.model.unk_token = unk
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", left=1)])
     return backend
 
 
@@ -128,6 +143,13 @@ _GEMMA: dict[str, str | None] = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
+_INFILL = {
+    "prefix_token": "\u2581<PRE>",
+    "middle_token": "\u2581<MID>",
+    "suffix_token": "\u2581<SUF>",
+    "eot_token": "\u2581<EOT>",
+    "fill_token": "<FILL_ME>",
+}
 _GPT2: dict[str, str | None] = {
     "bos_token": _END,
     "eos_token": _END,
@@ -139,6 +161,9 @@ _QWEN2 = {"bos_token": None, "eos_token": _END, "unk_token": _END, "pad_token": 
 CLASSES = {
     _GENERIC: TokenizerClass({}),
     "LlamaTokenizer": TokenizerClass(_SENTENCEPIECE, build_llama),
+    "CodeLlamaTokenizer": TokenizerClass(
+        _SENTENCEPIECE | _INFILL, build_code_llama, adds_bos=True, extra=tuple(_INFILL)
+    ),
     "GemmaTokenizer": TokenizerClass(_GEMMA, build_gemma),
     "GPT2Tokenizer": TokenizerClass(_GPT2, build_gpt2, is_byte_level=True),
     "Qwen2Tokenizer": TokenizerClass(_QWEN2, build_qwen2, is_byte_level=True, adds_specials=True),

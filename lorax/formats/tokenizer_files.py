@@ -13,6 +13,7 @@ from typing import Any
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import FormatError, LoraxError
 from lorax.formats import chat_template_files
+from lorax.formats.byte_ranks import TEKKEN, TIKTOKEN
 from lorax.formats.json_files import read_json
 from lorax.formats.tokenizer_backend import (
     CONFIG,
@@ -32,6 +33,8 @@ FILES = (
     VOCABULARY,
     MERGES,
     SENTENCEPIECE,
+    TEKKEN,
+    TIKTOKEN,
     chat_template_files.FILE,
     chat_template_files.OLD_FILE,
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.errors import FormatError
-from lorax.files import read_bounded
+from lorax.files import as_text, read_bounded
 
 MAX_BYTES = 128 * 2**10  # a recipe is 1 kB; with a rank for each layer 20
 MAX_DEPTH = 32  # parts of a dotted key, or brackets inside of brackets
@@ -35,7 +35,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         FormatError: it cannot be read, is no TOML, or is larger or deeper than a recipe is.
     """
     try:
-        text = read_bounded(path, MAX_BYTES).decode("utf-8")
+        text = as_text(read_bounded(path, MAX_BYTES))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise FormatError(
@@ -57,7 +57,8 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, deep brackets
         raise FormatError(
-            f"{where}: not valid TOML ({error}); mend it there; texts need quotes"
+            f"{where}: not valid TOML ({error}); mend it there; texts need quotes, and those with "
+            "a backslash single ones"
         ) from None
 
 

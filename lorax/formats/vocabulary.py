@@ -84,7 +84,10 @@ def _stated(path: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
 def _weight(model: nn.Module, path: str) -> nn.Parameter:
     weight = getattr(model.get_submodule(path), "weight", None)
     if not isinstance(weight, nn.Parameter):
-        raise AdapterError(f"{path} is quantized or adapted; a table of its rows cannot be loaded")
+        raise AdapterError(
+            f"{path} is quantized or adapted; a table of its rows cannot be loaded; load the model "
+            "anew, without quantizing its head"
+        )
     return weight
 
 

@@ -40,6 +40,7 @@ from lorax.errors import AdapterError, UsageError, require
 from lorax.formats import bitsandbytes
 from lorax.formats.directory import check_free
 from lorax.formats.huggingface import ModelFiles, open_model_files
+from lorax.formats.instead import instead_of_adapter
 from lorax.formats.json_files import read_json
 from lorax.formats.open_model import open_model
 from lorax.formats.peft_directory import CONFIG
@@ -96,7 +97,7 @@ class Laboratory:
                 raise UsageError(f"format {format!r}: expected one of {', '.join(written)}")
             return [Route(self.dtype, format=format, residual_rank=residual_rank)]
         if residual_rank:
-            raise UsageError("--residual-rank goes with a 4-bit output: --format nf4-dq")
+            raise UsageError("--residual-rank goes with a 4-bit output: add --format nf4-dq")
         dense = [Route(self.dtype)]
         return dense if self.original is None else [*dense, Route(self.dtype, original=True)]
 
@@ -297,8 +298,8 @@ def open_laboratory(
 def _refuse_what_is_not_merged(place: Place, path: str) -> None:
     if place.adapter is None:
         raise UsageError(
-            f"{path}: no {CONFIG} there; expected an adapter's directory (a model that was "
-            "fine-tuned in full has none)"
+            f"{path}: no {CONFIG} there; expected an adapter's directory; "
+            f"{instead_of_adapter(Path(path).expanduser())}"
         )
     variant = of_file(read_json(place.adapter / CONFIG))
     if variant is not None and variant.no_merge:
@@ -313,17 +314,23 @@ def _original(model: Model, path: str | None) -> Original | None:
     if not quantized:
         if path is not None:
             raise UsageError(
-                f"--original {path}: the base is not quantized; it is its own original"
+                f"--original {path}: the base is not quantized and is its own original; leave "
+                "--original out"
             )
         return None
     files = open_model_files(path or model.name_or_path)
     if isinstance(files.source, bitsandbytes.QuantizedFiles):
         if path is not None:
-            raise UsageError(f"--original {path}: is quantized too")
+            raise UsageError(
+                f"--original {path}: is quantized too; give the model that was quantized"
+            )
         return None
     config = dataclasses.replace(files.model.config, vocab_size=model.config.vocab_size)
     if config != model.config:  # a resized vocabulary is no other model
-        raise UsageError(f"--original {path}: its config.json is that of another model")
+        raise UsageError(
+            f"--original {path}: its config.json is that of another model; give the one that was "
+            "quantized"
+        )
     return partial(_read, files)
 
 

@@ -85,7 +85,8 @@ def find_family(model_type: Any, where: str) -> Family:
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModel(
-            f"{where}: model_type {model_type!r} is not covered; lorax loads {', '.join(FAMILIES)}"
+            f"{where}: model_type {model_type!r} is not covered; lorax loads "
+            f"{', '.join(FAMILIES)}; choose such a model, or register your own with --plugin FILE"
         )
     return FAMILIES[model_type]
 

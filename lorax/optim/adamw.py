@@ -220,7 +220,7 @@ class AdamW(torch.optim.Optimizer):
         if parameter not in self._home:
             raise UsageError(
                 f"a parameter of shape {tuple(parameter.shape)} has no moments; they begin with "
-                "the first step that finds a gradient on it"
+                "the first step that finds a gradient on it; take that first"
             )
         page, index = self._home[parameter]
         return page.read(index)
@@ -237,7 +237,10 @@ class AdamW(torch.optim.Optimizer):
         by_id = dict(zip(ids, parameters, strict=True))
         unknown = [i for i in state_dict["state"] if i not in by_id]
         if unknown:
-            raise UsageError(f"the state has an entry {unknown[0]!r} that is in no group")
+            raise UsageError(
+                f"the state has an entry {unknown[0]!r} that is in no group; expected those of its "
+                "param_groups; take it from one state_dict()"
+            )
         states = {by_id[i]: state for i, state in state_dict["state"].items()}
         before, self.param_groups = self.param_groups, groups
         try:
@@ -356,13 +359,13 @@ def _copy_state(mine: State, theirs: State) -> None:
     if set(mine) != set(theirs):
         raise UsageError(
             f"a parameter's state has {sorted(theirs)}; expected {sorted(mine)}: it was saved by "
-            "another kind of optimizer, or with other settings"
+            "another kind of optimizer, or with other settings; build the one that was saved"
         )
     for name, tensor in mine.items():
         saved = torch.as_tensor(theirs[name])
         if saved.shape != tensor.shape or saved.is_floating_point() != tensor.is_floating_point():
             raise UsageError(
                 f"the state's {name} is {saved.dtype} {tuple(saved.shape)}; "
-                f"expected {tensor.dtype} {tuple(tensor.shape)}"
+                f"expected {tensor.dtype} {tuple(tensor.shape)}; load the state of this model"
             )
         tensor.copy_(saved)

@@ -238,7 +238,7 @@ class _Job:
                 if not isinstance(module.quantized, FourBitTensor):
                     raise UsageError(
                         f"{self.base}: {name} is quantized as {module.quantized.format}; verify "
-                        "covers plain and 4-bit bases"
+                        "covers plain and 4-bit bases; give the model that was quantized as --base"
                     )
                 _require("bitsandbytes")
 
@@ -326,9 +326,13 @@ def load_peft(
     """
     for file in (CONFIG, TENSORS):
         if not (adapter / file).is_file():
-            raise FormatError(f"{adapter}: no {file}; expected a PEFT adapter directory")
+            raise FormatError(
+                f"{adapter}: no {file}; expected a PEFT adapter directory; get it anew"
+            )
     if read_json(adapter / CONFIG).get("megatron_config") is not None:
-        raise AdapterError(f"{adapter / CONFIG}: megatron_config; PEFT would import what it names")
+        raise AdapterError(
+            f"{adapter / CONFIG}: megatron_config; PEFT would import what it names; remove the key"
+        )
     with _quiet(), warnings.catch_warnings(record=True) as caught:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -377,10 +381,12 @@ def _shortened(notes: list[str]) -> list[str]:
 def _adapter_directory(path: str | os.PathLike[str]) -> Path:
     directory = needed_adapter(path)
     if not (directory / TENSORS).is_file():
-        raise FormatError(f"{directory}: no {TENSORS}; expected a PEFT adapter directory")
+        raise FormatError(
+            f"{directory}: no {TENSORS}; expected a PEFT adapter directory; get it anew"
+        )
     variant = of_file(read_json(directory / CONFIG))
     if variant is not None and variant.no_verify:
-        raise AdapterError(f"{directory}: {variant.no_verify}")
+        raise AdapterError(f"{directory}: {variant.no_verify}; give another")
     return directory
 
 

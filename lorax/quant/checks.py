@@ -68,7 +68,7 @@ def check_source(weight: Tensor, name: str, nonfinite: str = "raise") -> bool:
     first = bad[0].tolist()
     raise QuantizationError(
         f"{name}: {len(bad)} of {weight.numel()} values are not finite, the first at {first} "
-        f"({weight[tuple(first)].item()}); a quantized block cannot hold them"
+        f"({weight[tuple(first)].item()}); a quantized block cannot hold them; mend the weight"
     )
 
 
@@ -83,6 +83,7 @@ def take(
     tensor = tensors[name]
     if tensor.dtype != dtype or tensor.shape != shape:
         raise QuantizationError(
-            f"{name}: {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {tuple(shape)}"
+            f"{name}: {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {tuple(shape)}; "
+            "get the file anew, or quantize anew"
         )
     return tensor

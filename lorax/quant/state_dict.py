@@ -81,8 +81,8 @@ def to_bitsandbytes(q: QuantizedTensor) -> dict[str, Tensor]:
     """
     if q.format not in names.bitsandbytes_formats():
         raise QuantizationError(
-            f"bitsandbytes has no format {q.format}; `state_dict` gives the tensors under "
-            "lorax's own names"
+            f"bitsandbytes has no format {q.format}; expected one of "
+            f"{names.listed(names.bitsandbytes_formats())}; use state_dict for lorax's own names"
         )
     return q.state_dict()
 

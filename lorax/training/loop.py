@@ -310,8 +310,8 @@ class Training:
         if policy == "stop" or progress.not_finite >= MAX_NOT_FINITE:
             raise NumericalStop(
                 f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}; "
-                "the step was not taken. A lower train.learning_rate or model.dtype = 'float32' "
-                "may help"
+                "expected finite numbers, so the step was not taken; try a lower "
+                "train.learning_rate, or model.dtype = 'float32'"
             )
         if policy == "skip":
             self.plan.hook.skip_step()

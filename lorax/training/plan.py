@@ -15,9 +15,9 @@ from lorax.adapters.counting import count_parameters
 from lorax.adapters.tables import embedding_weight
 from lorax.adapters.variants import UNKNOWN_STEPS
 from lorax.data.batches import epoch_order
-from lorax.data.examples import Example, Examples, load_examples
-from lorax.data.kinds import find_kind, rename
-from lorax.data.rows import Row, read_rows
+from lorax.data.examples import Example, Examples, load_examples, read_checked
+from lorax.data.kinds import find_kind
+from lorax.data.rows import Row
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import RecipeError
@@ -103,7 +103,7 @@ def describe(recipe: Recipe) -> str:
     train = recipe.train
     accumulation = -(-train.batch_size // train.micro_batch_size)
     path = Path(recipe.data.path)
-    rows = rename(read_rows(path), recipe.data.columns, path) if path.is_file() else None
+    rows = read_checked(path, recipe.data.columns) if path.is_file() else None
     apart = len(held_out(len(rows), recipe)) if rows else 0
     steps = total_steps(recipe, len(rows) - apart) if rows else recipe.train.max_steps
     what = (
@@ -114,6 +114,7 @@ def describe(recipe: Recipe) -> str:
     return (
         f"{recipe.to_toml()}\n{_describe_model(recipe)}"
         f"{_describe_data(path, rows, apart, steps)}"
+        f"{_describe_evaluation(recipe)}"
         f"# a step: {train.batch_size} rows in {what}\n"
         f"{_describe_method(recipe, steps)}"
         "# no model was loaded and nothing was written"
@@ -167,6 +168,15 @@ def _describe_packing(recipe: Recipe) -> str:
     tokenizer = load_tokenizer(settings.path, revision=settings.revision)
     _, train_rows, _ = _load_rows(recipe, tokenizer)
     return f"{passes}\n# packing: {packing_of(recipe, train_rows)}"
+
+
+def _describe_evaluation(recipe: Recipe) -> str:
+    if not recipe.data.eval_path:
+        return ""
+    path = Path(recipe.data.eval_path)
+    if not path.is_file():
+        return f"# {path} is not here: the run would stop there\n"
+    return f"# {path}: {len(read_checked(path, recipe.data.columns))} rows to evaluate on\n"
 
 
 def _describe_method(recipe: Recipe, steps: int | None) -> str:

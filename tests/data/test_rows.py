@@ -6,7 +6,7 @@ import pytest
 from tiny_tokenizer import CHATML, byte_tokenizer, said
 
 from lorax.data.examples import load_examples
-from lorax.errors import DataError, EnvironmentProblem, RecipeError
+from lorax.errors import DataError, RecipeError
 from lorax.training.recipe import Recipe
 
 TOOL = {"type": "function", "function": {"name": "depth", "parameters": {"type": "object"}}}
@@ -203,7 +203,7 @@ REFUSED = [
     ({"text": "a", "tools": [TOOL]}, "tools"),
     ({"question": "a", "answer": "b", "response": "c"}, "response and answer could both be meant"),
     ({"question": "a", "query": "b", "answer": "c"}, "question and query"),
-    ({"question": "a", "answer": {"text": ["b"]}}, "answer is a dict"),
+    ({"question": "a", "answer": {"text": ["b"]}}, "answer is an object"),
     ({"instruction": "a", "output": "b", "history": [["c"]]}, "history must be"),
     ({"messages": [TALK[0], {"role": "assistant", "content": None}]}, "text as content"),
     ({"conversations": [TURNS[0], {"from": "function_call", "value": "go"}]}, "JSON with a name"),
@@ -223,7 +223,7 @@ def test_what_would_change_the_meaning_is_refused_with_the_line(load, row, words
     [
         ({"conversations": TURNS}, "messages is missing"),
         ({"messages": TALK, "label": False}, "label is False"),
-        ({"messages": None, "text": "a"}, "messages is a NoneType"),
+        ({"messages": None, "text": "a"}, "messages is null"),
     ],
 )
 def test_a_later_row_is_looked_at_as_the_first(load, row, words):
@@ -281,7 +281,7 @@ def test_a_prompt_by_another_name_is_taken_as_it_stands(load):
 
 
 def test_a_column_that_is_not_there_is_named(load):
-    with pytest.raises(DataError, match=r"data\.columns\.completion = 'reply'.*first has a, q"):
+    with pytest.raises(DataError, match=r"columns\.completion = 'reply'.*the first row's: a, q"):
         load({"q": "x", "a": "y"}, columns={"prompt": "q", "completion": "reply"})
 
 
@@ -339,25 +339,6 @@ def test_home_in_a_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "rows.jsonl").write_text(LINES)
     assert len(load_examples("~/rows.jsonl", byte_tokenizer(), 100)) == 2
-
-
-def test_parquet_is_read_or_its_package_is_named(tmp_path):
-    path = tmp_path / "rows.parquet"
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        path.write_bytes(b"PAR1")
-        with pytest.raises(EnvironmentProblem, match="pip install pyarrow"):
-            load_examples(path, byte_tokenizer(), 100)
-        return
-    parquet.write_table(pyarrow.Table.from_pylist([{"messages": TALK}] * 2), path)
-    tokenizer = byte_tokenizer(eos="<|im_end|>", chat_template=CHATML)
-    examples = load_examples(path, tokenizer, 100)
-    assert said(examples.rows[1], tokenizer) == ["stone<|im_end|>"]
-    path.write_bytes(b"no parquet")
-    with pytest.raises(DataError, match="cannot be read"):
-        load_examples(path, tokenizer, 100)
 
 
 @pytest.mark.parametrize("command", [["inspect", "adapter"], ["verify"], ["train"]])

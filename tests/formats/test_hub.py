@@ -19,7 +19,13 @@ from lorax.errors import EnvironmentProblem, FormatError
 from lorax.formats.hub import find_adapter_dir, find_model
 from lorax.formats.tokenizer_files import write_tokenizer
 
-MISTRAL_REPO = {  # what published repositories hold, and whether a reader needs it
+MISTRAL_REPO = {
+    "additional_chat_templates/tool_use.jinja": True,
+    "additional_chat_templates/model.safetensors": False,
+    "add/model.safetensors": False,
+    "additional/config.json": False,
+    "additional_chat_templates_old/model.safetensors": False,
+    # what published repositories hold, and whether a reader needs it
     "config.json": True,
     "generation_config.json": True,
     "model-00001-of-00002.safetensors": True,
@@ -54,6 +60,7 @@ MISTRAL_REPO = {  # what published repositories hold, and whether a reader needs
     ".gitattributes": False,
 }
 ADAPTER_REPO = {
+    "additional_chat_templates/tool_use.jinja": True,
     "adapter_config.json": True,
     "adapter_model.safetensors": True,
     "tokenizer.json": True,

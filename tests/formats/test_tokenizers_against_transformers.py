@@ -479,6 +479,20 @@ def test_chat_templates_against_transformers(tmp_path, config, files):
     assert mine.chat_template == want.get("default")
 
 
+def test_templates_by_name_go_along_with_a_copy(tmp_path):
+    """`lorax quantize` copies the files; transformers puts named templates into a folder."""
+    from transformers import PreTrainedTokenizerFast
+
+    from lorax.formats.beside import copy_tokenizer
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=byte_backend())
+    theirs.chat_template = {"default": "a", "tool_use": "b", "rag": "c"}
+    theirs.save_pretrained(tmp_path / "saved")
+    (tmp_path / "copy").mkdir()
+    copy_tokenizer(tmp_path / "saved", tmp_path / "copy")
+    assert lorax.load_tokenizer(tmp_path / "copy").named_templates == theirs.chat_template
+
+
 def test_an_old_processors_template_is_taken_last(tmp_path):
     write(
         tmp_path, byte_backend(), tokenizer_config=GENERIC, chat_template={"chat_template": "old"}

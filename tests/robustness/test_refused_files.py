@@ -1,5 +1,6 @@
 """What docs/files.md says is refused is refused: a LoraxError of one line, with the words shown."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -69,6 +70,29 @@ def no_tokenizer(model):
     lorax.load_tokenizer(model)
 
 
+def pointer(model):
+    text = "version https://git-lfs.example/spec/v1\noid sha256:46\nsize 26\n"
+    (model / "model.safetensors").write_text(text)
+    lorax.load_model(model)
+
+
+def old_tekken(model):
+    (model / "tokenizer.json").unlink()
+    write(model / "tekken.json", {"config": {"pattern": "."}, "vocab": []})
+    lorax.load_tokenizer(model)
+
+
+def to_fill_in(model):
+    changed(model / "tokenizer_config.json", fill_token="<FILL_ME>")
+    lorax.load_tokenizer(model).encode("a <FILL_ME> b")
+
+
+def packed(model):
+    file = model.with_name("rows.jsonl")
+    file.write_bytes(gzip.compress(b'{"text": "a"}'))
+    load_examples(file, lorax.load_tokenizer(model), 64)
+
+
 def damaged_gguf(model):
     file = model.with_suffix(".gguf")
     file.write_bytes(b"GGUF" + bytes(20))
@@ -102,19 +126,27 @@ def rows(text, ending="jsonl"):
 
 REFUSED = {
     "another architecture": config(model_type="mixtral"),
-    "another rotation of positions": config(rope_parameters={"rope_type": "longrope"}),
+    "another rotation of positions, or longrope outside Phi-3": config(
+        rope_parameters={"rope_type": "longrope"}
+    ),
     "weights as a pickle": pickle,
     "a checkpoint of another quantizer": config(quantization_config={"quant_method": "gptq"}),
     "a shard that is missing": missing_shard,
+    "a pointer of Git LFS, or a web page, in a file's place": pointer,
     "a damaged safetensors file": damaged,
     "a tensor without a place": tensor_too_many,
     "no tokenizer file": no_tokenizer,
+    "a `tekken.json` from before version 7": old_tekken,
+    "`<FILL_ME>` in a text for Code Llama": to_fill_in,
+    "an adapter's directory as a model": lambda model: lorax.load_model(model.with_name("adapter")),
     "a damaged `.gguf` file": damaged_gguf,
     "an adapter as a pickle": adapter_pickle,
     "another kind of adapter": adapter(peft_type="IA3"),
     "an option that changes the result": adapter(use_qalora=True),
     "an option near one of PEFT's": adapter(use_rslorra=True),
     "another kind of data file": rows("a\tb", ending="tsv"),
+    "packed data": packed,
+    "a `.csv` file without commas": rows("prompt;completion\na;b\n", ending="csv"),
     "columns that fit no kind of row": rows({"frage": "?", "antwort": "!"}),
     "rows of preferences": rows({"prompt": "a", "chosen": "b", "rejected": "c"}),
     "rows with pictures or sound": rows({"prompt": "a", "completion": "b", "images": ["c.png"]}),
