@@ -14,7 +14,7 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 from lorax.cli.plugins import take_plugins
-from lorax.cli.terminal import err
+from lorax.cli.terminal import err, say_error
 from lorax.console import ConsoleLog
 from lorax.errors import LoraxError, UsageError
 from lorax.version import __version__
@@ -39,11 +39,11 @@ def main() -> None:
         named = {name: _at_home(value) for name, value in given.kwargs.items()}
         command(*map(_at_home, given.args), **named)
     except (CycloptsError, LoraxError) as error:
-        err.say_line(error, "error: ")
+        say_error(error, "error: ")
         sys.exit(error.exit_code if isinstance(error, LoraxError) else UsageError.exit_code)
     except KeyboardInterrupt as interrupt:
         line = ": ".join(["interrupted", *map(str, interrupt.args)])
-        err.say_line(line)
+        say_error(line)
         sys.exit(getattr(interrupt, "exit_code", 130))
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from typing import Any
 
 from lorax.console import PlainConsole
@@ -10,10 +12,24 @@ from lorax.console import PlainConsole
 out = PlainConsole()
 err = PlainConsole(stderr=True)
 
+# torchrun starts several: one speaks, and torchrun ends the others soon after it has failed. So an
+# error of all is said once, and one that only another process has is still said.
+_RANK = int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+_UNTIL_TORCHRUN_ENDS_ALL = 2.0  # seconds
+
+
+def say_error(error: BaseException | str, start: str = "") -> None:
+    """An error in one line, on stderr."""
+    if _RANK:
+        time.sleep(_UNTIL_TORCHRUN_ENDS_ALL)
+        start = f"process {_RANK}: {start}"
+    err.say_line(error, start)
+
 
 def say(text: str) -> None:
-    """A line of the result, not wrapped."""
-    out.print(text, soft_wrap=True)
+    """A line of the result, not wrapped; of several processes, the first one's."""
+    if not _RANK:
+        out.print(text, soft_wrap=True)
 
 
 def tell(text: str) -> None:
