@@ -15,7 +15,7 @@ err = PlainConsole(stderr=True)
 # torchrun starts several: one speaks, and torchrun ends the others soon after it has failed. So an
 # error of all is said once, and one that only another process has is still said.
 _RANK = int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
-_UNTIL_TORCHRUN_ENDS_ALL = 2.0  # seconds
+_UNTIL_TORCHRUN_ENDS_ALL = 5.0  # seconds
 
 
 def say_error(error: BaseException | str, start: str = "") -> None:

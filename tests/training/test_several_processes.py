@@ -21,7 +21,7 @@ from lorax.training.processes import Processes
 ADAPTER = {"r": 4, "target_modules": "all-linear"}
 
 
-def torchrun(count, path, *more):
+def torchrun(count, path, *more, fails=False):
     """Train a recipe in so many processes; what they printed."""
     start = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "lorax"]
     done = subprocess.run(
@@ -31,7 +31,7 @@ def torchrun(count, path, *more):
         check=False,
         timeout=240,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
 
 
@@ -89,6 +89,7 @@ def test_two_processes_then_four_from_their_checkpoint(folder, alone):
     path = written(folder, "shared")
     said = torchrun(2, path, "--train.nan_policy", "rollback", "--train.keep_checkpoints", "9")
     assert said.stdout.count("held-out loss") == 3  # one process speaks
+    assert said.stdout.count(f"adapter  {folder / 'shared' / 'adapter'}") == 1
     same_within_rounding(alone, folder / "shared")
     run = folder / "shared"
     for late in ("step-00000004", "step-00000006"):  # as if it had ended behind step 2 ...
@@ -119,6 +120,22 @@ def test_a_sharded_quantized_base(folder, quantization):
     more |= {"train.parallel": "fsdp"}
     torchrun(2, written(folder, name, dora, **more))
     same_within_rounding(whole, folder / name)
+
+
+@several
+def test_an_error_of_all_is_said_once(folder):
+    path = written(folder, "refused", **{"data.path": str(folder / "nothing.jsonl")})
+    said = torchrun(2, path, fails=True)
+    (line,) = [line for line in said.stderr.splitlines() if line.startswith("error: ")]
+    assert "nothing.jsonl: cannot be read" in line
+
+
+@several
+def test_packed_rows(folder):
+    more = {"data.packing": True, "data.max_length": 32, "train.max_steps": 3}
+    whole = lorax.train(lorax.Recipe.load(written(folder, "packed", **more))).output_dir
+    torchrun(2, written(folder, "packed-by-two", **more))
+    same_within_rounding(whole, folder / "packed-by-two")
 
 
 def test_a_base_that_is_trained_is_not_sharded(folder):
