@@ -314,8 +314,8 @@ def _original(model: Model, path: str | None) -> Original | None:
     if not quantized:
         if path is not None:
             raise UsageError(
-                f"--original {path}: the base is not quantized and is its own original; leave "
-                "--original out"
+                f"--original {path}: the base is not quantized; it is its own original; "
+                "leave --original out"
             )
         return None
     files = open_model_files(path or model.name_or_path)
