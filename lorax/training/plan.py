@@ -52,7 +52,7 @@ def prepare(
     """Load data and model, make trainable what the method trains, and count."""
     settings = recipe.model
     tokenizer = load_tokenizer(settings.path, revision=settings.revision)
-    examples, train_rows, eval_rows = _load_rows(recipe, tokenizer)
+    examples, train_rows, eval_rows = load_rows(recipe, tokenizer)
     model = load_model(
         settings.path,
         model_dtype(recipe),
@@ -110,7 +110,7 @@ def describe(recipe: Recipe) -> str:
     )
 
 
-def _load_rows(
+def load_rows(
     recipe: Recipe, tokenizer: Tokenizer
 ) -> tuple[Examples, list[Example], list[Example]]:
     """The file's examples; rows to train on; rows to evaluate on (none by default)."""

@@ -158,6 +158,9 @@ class TrainSection(Section):
         description="At a loss or gradient that is not finite: end the run, leave the step out, or "
         "go back to the last checkpoint as well.",
     )
+    loggers: list[Literal["tensorboard", "trackio"]] = Field(
+        default_factory=list, description="Where the numbers of metrics.jsonl go as well."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Of rows, initialization and dropout.")
     digests: bool = Field(
         False, description="Leave a digest of each step, for `lorax inspect diff` of two runs."

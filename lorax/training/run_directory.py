@@ -29,7 +29,7 @@ from lorax.training.recipe import Recipe
 
 # What a run that goes on may change without becoming another run.
 FREE_KEYS = tuple(
-    f"train.{key}" for key in ("output_dir", "save_steps", "keep_checkpoints", "digests")
+    f"train.{key}" for key in ("output_dir", "save_steps", "keep_checkpoints", "digests", "loggers")
 )
 
 
@@ -80,7 +80,7 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self.lock()
             if not (resume and self.is_begun):
                 check_free(self.path)  # once more: now nobody else writes there
             self.config.write_text(recipe.to_toml(), encoding="utf-8")
@@ -97,7 +97,12 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = None
 
-    def _take_lock(self) -> None:
+    def lock(self) -> None:
+        """Keep others from writing there.
+
+        Raises:
+            EnvironmentProblem: another run is at work there.
+        """
         try:
             import fcntl
         except ImportError:  # Windows: two runs in one directory are not found out there
