@@ -28,6 +28,7 @@ from rich.text import Text
 from lorax.data.examples import Example, load_examples
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import EnvironmentProblem, UsageError
+from lorax.formats.disk import write_text_whole
 from lorax.formats.huggingface import load_tokenizer
 from lorax.training.recipe import Recipe
 
@@ -229,7 +230,7 @@ def write_html(report: DataReport, path: Path) -> None:
     page = env.get_template("data.html.jinja")
     text = page.render(report=report, histogram=histogram(report.lengths))
     try:
-        path.write_text(text, encoding="utf-8")
+        write_text_whole(path, text)
     except OSError as error:
         raise EnvironmentProblem(
             f"{path}: cannot be written ({error.strerror}); give another path"

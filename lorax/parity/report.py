@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorax.errors import EnvironmentProblem
+from lorax.formats.disk import write_text_whole
 from lorax.parity.difference import Difference
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ class Report:
             bounds=list(dict.fromkeys((c.quantity, c.source) for c in self.checks)),
         )
         try:
-            path.write_text(page, encoding="utf-8")
+            write_text_whole(path, page)
         except OSError as error:
             raise EnvironmentProblem(
                 f"{path}: cannot be written ({error.strerror}); give another path"

@@ -25,6 +25,7 @@ import torch
 
 from lorax.errors import EnvironmentProblem, RecipeError, UsageError
 from lorax.formats.directory import check_free
+from lorax.formats.disk import write_text_whole
 from lorax.training.recipe import Recipe
 
 # What a run that goes on may change without becoming another run.
@@ -83,10 +84,13 @@ class RunDirectory:
             self.lock()
             if not (resume and self.is_begun):
                 check_free(self.path)  # once more: now nobody else writes there
-            self.config.write_text(recipe.to_toml(), encoding="utf-8")
+            write_text_whole(self.config, recipe.to_toml())
             text = json.dumps(environment(), indent=2) + "\n"
-            self.environment.write_text(text, encoding="utf-8")
-        except OSError as error:
+            write_text_whole(self.environment, text)
+        except BaseException as error:
+            self.release()
+            if not isinstance(error, OSError):
+                raise
             raise EnvironmentProblem(
                 f"{self.path}: cannot be written ({error.strerror}); give another train.output_dir"
             ) from None
