@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -17,12 +17,21 @@ from lorax.cli.options import (
     ResizeVocabulary,
 )
 from lorax.cli.terminal import out, print_json, say, tell
+from lorax.errors import UsageError
+
+if TYPE_CHECKING:
+    from lorax.parity.report import Report
 
 
 def verify(
-    adapter: str,
+    adapter: str | None = None,
     /,
     *,
+    run: Annotated[
+        LocalPath | None,
+        Parameter(help="A run's directory: replay its first steps in PEFT, in an adapter's place."),
+    ] = None,
+    steps: Annotated[Positive, Parameter(help="How many of the run's steps.")] = 10,
     base: Base = None,
     against: Annotated[str, Parameter(help="The other program: peft.")] = "peft",
     reference: Annotated[
@@ -55,20 +64,28 @@ def verify(
     adapter
         The adapter (directory or Hub id), or a run's directory.
     """
-    from lorax.parity.against_peft import verify as hold_against
+    if (adapter is None) == (run is None):
+        raise UsageError("verify: give an adapter, or --run RUN for a run's steps; one of the two")
+    if run is not None:
+        from lorax.parity.whole_run import verify_run
 
-    report = hold_against(
-        adapter,
-        base,
-        against=against,
-        reference=reference,
-        quantization=quantization,
-        dtype=dtype,
-        text=text,
-        tokens=tokens,
-        resize_vocabulary=resize_vocabulary,
-        say=tell,
-    )
+        report: Report = verify_run(run, steps, say=tell)
+    else:
+        from lorax.parity.against_peft import verify as hold_against
+
+        assert adapter is not None
+        report = hold_against(
+            adapter,
+            base,
+            against=against,
+            reference=reference,
+            quantization=quantization,
+            dtype=dtype,
+            text=text,
+            tokens=tokens,
+            resize_vocabulary=resize_vocabulary,
+            say=tell,
+        )
     if html is not None:
         report.write_html(html)
     if json:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from lorax.data.templates import ChatTemplate, Rendered, as_templates_see
-from lorax.errors import TemplateError, UsageError
+from lorax.errors import FormatError, TemplateError, UsageError
 
 
 class Tokenizer:
@@ -93,6 +94,7 @@ class Tokenizer:
         Raises:
             UsageError: the text holds half of a surrogate pair, which is no character, or Code
                 Llama's fill token, which is a place and no token.
+            FormatError: the tokenizer's own rules fail on this text.
         """
         fill = self.other_tokens.get("fill_token")
         if fill is not None and fill in text:
@@ -101,7 +103,8 @@ class Tokenizer:
                 "reads; write '\u2581<PRE> BEFORE\u2581<SUF> BEHIND\u2581<MID>'"
             )
         try:
-            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            with _panics_as_errors():
+                ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:  # the library's word for a text that UTF-8 cannot write
             raise UsageError(
                 "a text with half of a surrogate pair cannot be encoded"
@@ -114,12 +117,14 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text behind token ids."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _panics_as_errors():
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     @cached_property
     def prefix(self) -> list[int]:
         """What stands before every text: [bos] or nothing."""
-        ids = self.backend.encode("a", add_special_tokens=True).ids
+        with _panics_as_errors():
+            ids = self.backend.encode("a", add_special_tokens=True).ids
         return ids[:1] if self.bos_token_id is not None and ids[:1] == [self.bos_token_id] else []
 
     def apply_chat_template(
@@ -164,3 +169,20 @@ class Tokenizer:
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """An expression of tokenizer.json that goes around without end is given up by Oniguruma.
+
+    Rust reports that as a panic, which Python sees as no Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise FormatError(
+            f"tokenizer: its own rules fail on this text ({error}); get its files anew, or take "
+            "another tokenizer"
+        ) from None

@@ -74,3 +74,22 @@ def write_whole(target: Path, files: dict[str, Writer], disk: Disk) -> None:
         disk.remove(temporary)
         raise
     disk.sync(target.parent)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 that appears whole, or not at all; what was there stays till then.
+
+    Raises:
+        OSError: the disk is full or refuses; nothing is left of the attempt.
+    """
+    if path.exists() and not path.is_file():  # a pipe, a terminal
+        path.write_text(text, encoding="utf-8")
+        return
+    target = path.resolve()  # through a link
+    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

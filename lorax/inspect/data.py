@@ -32,6 +32,7 @@ from lorax.data.batches import fill
 from lorax.data.examples import Example, load_examples
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import EnvironmentProblem, UsageError
+from lorax.formats.disk import write_text_whole
 from lorax.formats.huggingface import load_tokenizer
 from lorax.training.packing import Packing, first_epoch, packing_of
 from lorax.training.plan import held_out
@@ -290,7 +291,7 @@ def write_html(report: DataReport, path: Path) -> None:
     page = env.get_template("data.html.jinja")
     text = page.render(report=report, histogram=histogram(report.lengths))
     try:
-        path.write_text(text, encoding="utf-8")
+        write_text_whole(path, text)
     except OSError as error:
         raise EnvironmentProblem(
             f"{path}: cannot be written ({error.strerror}); give another path"

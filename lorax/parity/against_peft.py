@@ -41,7 +41,7 @@ from lorax.errors import (
 from lorax.formats.adapter_tokenizer import load_adapter_tokenizer
 from lorax.formats.fingerprint import KEY, parse
 from lorax.formats.hub import find_model
-from lorax.formats.huggingface import as_dtype, load_model, open_model_files, save_model
+from lorax.formats.huggingface import as_dtype, open_model_files
 from lorax.formats.json_files import read_json
 from lorax.formats.peft import load_adapter
 from lorax.formats.peft_directory import CONFIG, TENSORS
@@ -49,6 +49,7 @@ from lorax.formats.places import Place, as_trained, needed_adapter, stated_base
 from lorax.formats.safetensors_files import read_file, read_metadata
 from lorax.models import Model
 from lorax.parity import causes
+from lorax.parity.bases import DTYPE, files_for_transformers, float32_base
 from lorax.parity.compare import NESTED_BOUND, compare
 from lorax.parity.difference import EXACT, NESTED, difference
 from lorax.parity.report import FINGERPRINT, Check, Report
@@ -58,8 +59,6 @@ from lorax.quant import codebooks
 from lorax.quant.double import NestedScales, dequantize_scales
 from lorax.quant.four_bit import FourBitTensor
 from lorax.quant.linear import QuantizedLinear
-
-DTYPE = torch.float32
 
 
 def verify(
@@ -106,7 +105,7 @@ def verify(
         raise UsageError(f"against {against!r} is unknown; expected peft")
     if tokens < 2:
         raise UsageError(f"tokens is {tokens}; expected at least 2")
-    _require("peft", "transformers")
+    require_packages("peft", "transformers")
     with tempfile.TemporaryDirectory(prefix="lorax-verify-") as folder:
         place = Place(
             directory := _adapter_directory(adapter),
@@ -153,7 +152,10 @@ class _Job:
         model = self._base(self.quantization)
         self._check_base(model)
         ids = self._ids(model, text, tokens)
-        directory, base = self.adapter, self._files_for_transformers(model)
+        self.say("finding the base's files for transformers")
+        base, note = files_for_transformers(self.base, model, self.quantization, self.folder)
+        self.notes += [note] if note else []
+        directory = self.adapter
         if reference is not None:
             directory = reference
             if not self.base_is_given and stated_base(reference) != self.base:
@@ -161,7 +163,7 @@ class _Job:
         report = Report(
             adapter=str(self.adapter),
             base=self.base,
-            against=f"peft {_version('peft')}, transformers {_version('transformers')}",
+            against=f"peft {version_of('peft')}, transformers {version_of('transformers')}",
             quantization=self.quantization,
             tokens=ids.numel(),
             reference=None if reference is None else str(reference),
@@ -192,14 +194,7 @@ class _Job:
         return replace(report, checks=_before_modules(quantizer, checks), notes=self.notes)
 
     def _base(self, quantization: str | None) -> Model:
-        """The base's weights in its dtype, quantized; then everything computes in float32."""
-        model = load_model(self.base, self.dtype, quantization=quantization).to(DTYPE)
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.dtype = DTYPE
-                if isinstance(module.quantized, FourBitTensor):
-                    module.quantized = replace(module.quantized, dtype=DTYPE)
-        return model
+        return float32_base(self.base, self.dtype, quantization)
 
     def _ids(self, model: Model, text: Any, tokens: int) -> Tensor:
         try:
@@ -240,18 +235,7 @@ class _Job:
                         f"{self.base}: {name} is quantized as {module.quantized.format}; verify "
                         "covers plain and 4-bit bases; give the model that was quantized as --base"
                     )
-                _require("bitsandbytes")
-
-    def _files_for_transformers(self, model: Model) -> Path:
-        """A directory that transformers opens as this base: its own, or one that lorax writes."""
-        found = find_model(self.base)
-        if found.is_dir() and self.quantization is None:
-            return found
-        self.say("writing the base for transformers")
-        save_model(model, self.folder / "base")
-        written = "in 4 bits" if self.quantization else "in Hugging Face's layout"
-        self.notes.append(f"lorax wrote the base {written} for transformers to read")
-        return self.folder / "base"
+                require_packages("bitsandbytes")
 
     def _quantizer_checks(self, mine: LoraxSide) -> list[Check]:
         """bitsandbytes quantizes each weight by itself; its bytes and scales against lorax's."""
@@ -390,7 +374,12 @@ def _adapter_directory(path: str | os.PathLike[str]) -> Path:
     return directory
 
 
-def _require(*packages: str) -> None:
+def require_packages(*packages: str) -> None:
+    """Refuse to go on without them.
+
+    Raises:
+        EnvironmentProblem: with the command that installs them.
+    """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise EnvironmentProblem(
@@ -399,7 +388,8 @@ def _require(*packages: str) -> None:
         )
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Of an installed package."""
     from importlib.metadata import version
 
     return version(package)

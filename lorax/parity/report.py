@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorax.errors import EnvironmentProblem
+from lorax.formats.disk import write_text_whole
 from lorax.parity.difference import Difference
 
 if TYPE_CHECKING:
@@ -29,6 +31,12 @@ COLOURS = {  # of the quantities, in the order in which they are computed
     "logits": "#4477aa",
     "loss": "#4477aa",
     "gradient": "#ee6677",
+    "rows": "#332288",  # of whole runs (run_report.py)
+    "norm": "#332288",
+    "clipped": "#ee6677",
+    "rate": "#332288",
+    "parameter": "#44aa99",
+    "record": "#882255",
 }
 
 
@@ -115,7 +123,7 @@ class Report:
     quantization: str | None
     tokens: int
     reference: str | None = None
-    checks: list[Check] = field(default_factory=list)
+    checks: Sequence[Check] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
     refused_tensor: tuple[str, str] = ("", "")
     notes: list[str] = field(default_factory=list)
@@ -126,7 +134,7 @@ class Report:
         return bool(self.checks) and not self.refusals and all(c.holds for c in self.checks)
 
     @property
-    def first_difference(self) -> dict[str, str] | None:
+    def first_difference(self) -> dict[str, Any] | None:
         """Module, quantity, part and note of the first check that does not hold; None if all do."""
         if self.refusals:
             module, part = self.refused_tensor
@@ -136,7 +144,7 @@ class Report:
         return self.first_failed
 
     @property
-    def first_failed(self) -> dict[str, str] | None:
+    def first_failed(self) -> dict[str, Any] | None:
         """The same of the comparison alone."""
         for check in self.checks:
             if not check.holds:
@@ -223,7 +231,7 @@ class Report:
             bounds=list(dict.fromkeys((c.quantity, c.source) for c in self.checks)),
         )
         try:
-            path.write_text(page, encoding="utf-8")
+            write_text_whole(path, page)
         except OSError as error:
             raise EnvironmentProblem(
                 f"{path}: cannot be written ({error.strerror}); give another path"
@@ -261,7 +269,7 @@ def _total(quantity: str, group: list[Check]) -> Total:
     )
 
 
-def _by_module(checks: list[Check]) -> dict[str, list[Check]]:
+def _by_module(checks: Sequence[Check]) -> dict[str, list[Check]]:
     groups: dict[str, list[Check]] = {}
     for check in checks:
         groups.setdefault(check.module, []).append(check)
@@ -291,7 +299,7 @@ def table(report: Report) -> Table:
     return made
 
 
-def picture(checks: list[Check]) -> bytes:
+def picture(checks: Sequence[Check]) -> bytes:
     """The relative difference of each part by module, in forward order, as PNG.
 
     A part that does not hold has a red ring.

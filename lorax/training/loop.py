@@ -33,15 +33,16 @@ from lorax.data.examples import Example
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import padding_id
 from lorax.errors import Interrupted, NumericalStop
-from lorax.formats.huggingface import load_model, load_tokenizer
-from lorax.formats.peft import load_adapter
 from lorax.models import Model
+from lorax.training.callbacks import Callback, Callbacks
 from lorax.training.checkpoint import clear_litter, newest_checkpoint, rotate, write_checkpoint
 from lorax.training.digests import StepDigests
 from lorax.training.evaluate import evaluate
+from lorax.training.finished import load_finished
 from lorax.training.hooks import HookFactory, StepHook
-from lorax.training.methods import model_dtype, save_result
-from lorax.training.metrics import Line, MetricsFile, draw_loss, read_metrics
+from lorax.training.loggers import Loggers, check_installed
+from lorax.training.methods import save_result
+from lorax.training.metrics import Line, MetricsFile, draw_loss
 from lorax.training.optimizers import build_optimizer, paging_line, set_rates
 from lorax.training.plan import Plan, prepare
 from lorax.training.processes import Processes, processes
@@ -77,7 +78,7 @@ class Run:
 
 
 class Listener:
-    """Training callbacks; override the events you need."""
+    """What a run tells while it is under way; override the events you need."""
 
     def planned(self, plan: Plan) -> None:
         """Everything is loaded; training is about to start."""
@@ -98,6 +99,7 @@ def train(
     *,
     resume: bool = False,
     hooks: Sequence[HookFactory | StepHook] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Run a recipe (a `Recipe`, or the path of a TOML file).
 
@@ -108,17 +110,24 @@ def train(
             is, and is loaded.
         hooks: what is added to each optimizer step, beside the recipe's train.hooks: StepHooks, or
             functions (or classes) that make one of the model.
+        callbacks: plain functions of (line, model), called behind each line of metrics.jsonl. One
+            that returns True ends the run behind this step, as if it had been the last; see
+            callbacks.py.
 
     Raises:
         RecipeError, FormatError, DataError, AdapterError: before anything is written.
         NumericalStop: a loss or gradient was not finite; metrics.jsonl ends with that step.
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved first.
-        EnvironmentProblem: the disk refuses, or another run is at work in the directory.
+        PluginError: a callback failed; a checkpoint was saved first, or the run was finished.
+        EnvironmentProblem: the disk refuses, another run is at work in the directory, or one of
+            train.loggers is not installed.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
+    called = Callbacks(callbacks)
+    check_installed(recipe.train.loggers)
     with processes(recipe.model.device) as group:
-        return _train(recipe, listener or Listener(), resume, hooks, group)
+        return _train(recipe, listener or Listener(), resume, hooks, called, group)
 
 
 def _train(
@@ -126,6 +135,7 @@ def _train(
     listener: Listener,
     resume: bool,
     hooks: Sequence[HookFactory | StepHook],
+    callbacks: Callbacks,
     group: Processes,
 ) -> Run:
     run = RunDirectory(recipe)
@@ -134,14 +144,14 @@ def _train(
     else:
         listener = Listener()
     if group.from_writer(resume and run.is_finished):
-        return _load_finished(recipe, run, listener)
+        return _load_finished(recipe, run, listener, group)
     torch.manual_seed(recipe.train.seed)
     model, tokenizer, plan = prepare(recipe, hooks)
     listener.planned(plan)
     if group.writes:
         run.begin(recipe, resume)
     try:
-        training = Training(model, tokenizer, plan, run, listener, resume, group)
+        training = Training(model, tokenizer, plan, run, listener, resume, callbacks, group)
         training.run_and_save(tokenizer)
     except Interrupted:
         raise
@@ -168,10 +178,12 @@ class Training:
         run: RunDirectory,
         listener: Listener,
         resume: bool,
+        callbacks: Callbacks,
         group: Processes,
     ):
         self.group = group
         self.model, self.plan, self.run, self.listener = model, plan, run, listener
+        self.callbacks = callbacks
         self.settings = plan.recipe.train
         self.pad_id = padding_id(tokenizer.pad_token_id, embedding_weight(model).shape[0])
         self.device = next(model.parameters()).device
@@ -191,6 +203,8 @@ class Training:
             self.metrics = MetricsFile(run.metrics, self.live.progress.metrics_bytes)
         else:
             self.metrics = MetricsFile(Path(os.devnull))
+        loggers = self.settings.loggers if group.writes else []
+        self.loggers = Loggers(loggers, run.path, self.metrics.lines, resume)
         self.digests = None
         if self.settings.digests and group.writes:
             self.digests = StepDigests(run.digests, model, self.live.progress.step)
@@ -219,9 +233,10 @@ class Training:
             for epoch, rows in islice(batches, progress.step, self.plan.total_steps):
                 self._step(epoch, rows)
                 self._evaluate_if_due()
-                if self._has_stopped_early():
+                if self._has_stopped_early() or self._is_told_to_stop():
                     break
                 self._save_if_due(signals)
+                self._raise_what_failed()
 
     def run_and_save(self, tokenizer: Tokenizer) -> None:
         """The steps; then first of all what took hours is saved, and all else comes after it."""
@@ -234,10 +249,14 @@ class Training:
             if self.group.writes:
                 save_result(self.model, tokenizer, self.run.result)
             saved = True
-            if self.plan.eval_rows and not self.settings.early_stopping_patience:
+            evaluated = "eval_loss" in self.metrics.lines[-1]  # where a callback ended it there
+            if self.plan.eval_rows and not self.settings.early_stopping_patience and not evaluated:
                 self._evaluate()
+            if self.callbacks.failure is not None:  # in the last step, or in this evaluation
+                raise self.callbacks.failure
         finally:
             self.metrics.close()
+            self.loggers.close()
             if self.digests is not None:
                 self.digests.close()
             if self.group.writes:
@@ -360,6 +379,24 @@ class Training:
         )
         return True
 
+    def _is_told_to_stop(self) -> bool:
+        (asked,) = self.group.largest(int(self.callbacks.stop))
+        if asked and self.callbacks.failure is None:
+            step = self.live.progress.step
+            self.listener.said(f"stopped at step {step}: a callback asked for it")
+            return True
+        return False
+
+    def _raise_what_failed(self) -> None:
+        """A callback's failure, once its step is saved; behind the last step the run is first."""
+        step, failure = self.live.progress.step, self.callbacks.failure
+        if failure is None or step >= self.plan.total_steps:
+            return
+        self._save()
+        raise type(failure)(
+            f"{failure}; step {step} is saved in {self.run.checkpoints}; go on with resume=True"
+        ) from failure.__cause__
+
     def _save_if_due(self, signals: Signals) -> None:
         step, every = self.live.progress.step, self.settings.save_steps
         due = every > 0 and step % every == 0 and step < self.plan.total_steps
@@ -391,7 +428,9 @@ class Training:
 
     def _measure(self, line: Line) -> None:
         self.metrics.write(line)
+        self.loggers.write(line)
         self.listener.measured(line)
+        self.callbacks.call(line, self.model)
 
 
 def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -399,20 +438,11 @@ def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 
 
-def _load_finished(recipe: Recipe, run: RunDirectory, listener: Listener) -> Run:
-    """A run that is done, as it was left."""
-    listener.said(f"{run.path} is finished; it stays as it is")
-    settings = recipe.model
-    tokenizer = load_tokenizer(settings.path, revision=settings.revision)
-    if recipe.variant.trains_base:
-        model = load_model(run.result, model_dtype(recipe), settings.device)
-    else:
-        model = load_model(
-            settings.path,
-            model_dtype(recipe),
-            settings.device,
-            settings.quantization,
-            revision=settings.revision,
-        )
-        load_adapter(model, run.result)
-    return Run(run.path, read_metrics(run.metrics), model, tokenizer, run.result)
+def _load_finished(recipe: Recipe, run: RunDirectory, listener: Listener, group: Processes) -> Run:
+    """A run that is done, as it was left; of several processes the first one looks first."""
+    if not group.writes:
+        group.from_writer(None)
+    model, tokenizer, lines = load_finished(recipe, run, listener.said)
+    if group.writes:
+        group.from_writer(None)
+    return Run(run.path, lines, model, tokenizer, run.result)

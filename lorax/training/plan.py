@@ -53,7 +53,7 @@ def prepare(
     """Load data and model, make trainable what the method trains, and count."""
     settings = recipe.model
     tokenizer = load_tokenizer(settings.path, revision=settings.revision)
-    examples, train_rows, eval_rows = _load_rows(recipe, tokenizer)
+    examples, train_rows, eval_rows = load_rows(recipe, tokenizer)
     model = load_model(
         settings.path,
         model_dtype(recipe),
@@ -121,7 +121,7 @@ def describe(recipe: Recipe) -> str:
     )
 
 
-def _load_rows(
+def load_rows(
     recipe: Recipe, tokenizer: Tokenizer
 ) -> tuple[Examples, list[Example], list[Example]]:
     """The file's examples; rows to train on; rows to evaluate on (none by default)."""
@@ -166,7 +166,7 @@ def _describe_packing(recipe: Recipe) -> str:
     if not here:
         return f"{passes}; how many is known with the tokenizer and the rows"
     tokenizer = load_tokenizer(settings.path, revision=settings.revision)
-    _, train_rows, _ = _load_rows(recipe, tokenizer)
+    _, train_rows, _ = load_rows(recipe, tokenizer)
     return f"{passes}\n# packing: {packing_of(recipe, train_rows)}"
 
 

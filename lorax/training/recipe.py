@@ -171,6 +171,9 @@ class TrainSection(Section):
         "ddp",
         description="Under torchrun: the whole base on every process, or its layers in shards.",
     )
+    loggers: list[Literal["tensorboard", "trackio"]] = Field(
+        default_factory=list, description="Where the numbers of metrics.jsonl go as well."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Of rows, initialization and dropout.")
     digests: bool = Field(
         False, description="Leave a digest of each step, for `lorax inspect diff` of two runs."

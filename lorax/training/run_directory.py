@@ -25,12 +25,13 @@ import torch
 
 from lorax.errors import EnvironmentProblem, RecipeError, UsageError
 from lorax.formats.directory import check_free
+from lorax.formats.disk import write_text_whole
 from lorax.training.recipe import Recipe
 
 # What a run that goes on may change without becoming another run.
 FREE_KEYS = tuple(
     f"train.{key}"
-    for key in ("output_dir", "save_steps", "keep_checkpoints", "digests", "parallel")
+    for key in ("output_dir", "save_steps", "keep_checkpoints", "digests", "parallel", "loggers")
 )
 
 
@@ -81,13 +82,16 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self.lock()
             if not (resume and self.is_begun):
                 check_free(self.path)  # once more: now nobody else writes there
-            self.config.write_text(recipe.to_toml(), encoding="utf-8")
+            write_text_whole(self.config, recipe.to_toml())
             text = json.dumps(environment(), indent=2) + "\n"
-            self.environment.write_text(text, encoding="utf-8")
-        except OSError as error:
+            write_text_whole(self.environment, text)
+        except BaseException as error:
+            self.release()
+            if not isinstance(error, OSError):
+                raise
             raise EnvironmentProblem(
                 f"{self.path}: cannot be written ({error.strerror}); give another train.output_dir"
             ) from None
@@ -98,7 +102,12 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = None
 
-    def _take_lock(self) -> None:
+    def lock(self) -> None:
+        """Keep others from writing there.
+
+        Raises:
+            EnvironmentProblem: another run is at work there.
+        """
         try:
             import fcntl
         except ImportError:  # Windows: two runs in one directory are not found out there
