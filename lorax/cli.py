@@ -16,9 +16,10 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 
 from lorax.console import ConsoleLog, PlainConsole
-from lorax.errors import FormatError, LoraxError, UsageError, visible
+from lorax.errors import FormatError, LoraxError, UsageError
 from lorax.plugins import load_plugin
 from lorax.quant import codebooks, names
+from lorax.text import visible
 from lorax.version import __version__
 
 if TYPE_CHECKING:

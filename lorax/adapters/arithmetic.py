@@ -128,7 +128,7 @@ class Adapter:
                 layers[name] = LowRank(*layer.low_rank())
             except AdapterError as error:
                 raise AdapterError(f"{name} {error}") from None
-        turned = isinstance(model, Model) and model.has_transposed
+        turned = isinstance(model, Model) and model.transposed is not None
         config = dataclasses.replace(config, fan_in_fan_out=turned)
         return Adapter(layers, getattr(model, "name_or_path", "") or None, config)
 

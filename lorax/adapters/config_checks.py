@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorax.adapters.config import LOST, SETTLED
-from lorax.adapters.config_keys import log
-from lorax.adapters.matching import check_expression, is_plain
+from lorax.adapters.config_files import NOT_COVERED, default_of, log
+from lorax.adapters.expressions import check_expression
+from lorax.adapters.matching import is_plain
 from lorax.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def check_config(config: LoRAConfig) -> None:
     """
     if config.init_lora_weights is None:  # PEFT draws both then
         object.__setattr__(config, "init_lora_weights", False)
-    config._settle_keywords()
+    settle_keywords(config)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         value = getattr(config, key)
         if value is not None and not isinstance(value, str | list):
@@ -62,6 +64,48 @@ def check_config(config: LoRAConfig) -> None:
             "; give a list, or leave layers_to_transform out"
         )
     _check_expressions(config)
+
+
+def settle_keywords(config: LoRAConfig) -> None:
+    """Put defaults where null or nothing stands, and refuse what is not covered.
+
+    Raises:
+        AdapterError: a keyword of PEFT's that would change what is computed.
+    """
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        default = default_of(each)
+        if each.name in NOT_COVERED and value:
+            raise AdapterError(f"{each.name} = {value!r} is not covered by lorax; leave it out")
+        nothing = value is None or (_is_empty(value) and each.name != "target_modules")
+        if nothing or each.name == "peft_type":  # PEFT too overwrites the latter
+            object.__setattr__(config, each.name, default)
+    for name in ("task_type", "eva_config", "corda_config", "lora_ga_config"):
+        object.__setattr__(config, name, _plain(getattr(config, name)))
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, list | tuple | set | dict) and not value
+
+
+def _plain(value: Any) -> Any:
+    """An enum's value, a dataclass as a dict; anything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return getattr(value, "value", value)
+
+
+def check_start(config: LoRAConfig) -> None:
+    """Refuse a start that only a loaded adapter can have had.
+
+    Raises:
+        AdapterError: init_lora_weights is one of SETTLED or LOST.
+    """
+    if config.init_lora_weights in (*SETTLED, *LOST):
+        raise AdapterError(
+            f"init_lora_weights = {config.init_lora_weights!r}: lorax loads such an adapter, and "
+            "starts none; take true, 'gaussian', 'pissa', 'olora' or 'loftq'"
+        )
 
 
 def check_ranks(pattern: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ def start_is_lost(
     if quantized:
         format = quantized[0].quantized.format
         return f"over a base in {format}, PEFT decomposes or rounds another weight ({how})"
-    if how == "olora" and isinstance(model, Model) and model.has_transposed:
+    if how == "olora" and isinstance(model, Model) and model.transposed is not None:
         return "PEFT decomposes GPT-2's weights transposed (olora)"
     if "lm_head" in bases and is_tied(model):
         return f"PEFT takes the start of a tied head out of the embedding too ({how})"

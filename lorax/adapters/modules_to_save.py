@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lorax.adapters.attached import replaced_parameters
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.tables import HEAD, embedding_path, is_tied
 from lorax.errors import AdapterError
@@ -57,11 +58,6 @@ class Replacement:
         for place in self.places:
             module, _, name = place.rpartition(".")
             setattr(model.get_submodule(module), name, parameter)
-
-
-def replaced_parameters(model: nn.Module) -> list[Replacement]:
-    """The model's replaced parameters, in its own order; none without an adapter that has any."""
-    return getattr(model, "_replaced_parameters", [])
 
 
 def replace_parameters(model: nn.Module, groups: list[list[str]]) -> None:

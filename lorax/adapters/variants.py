@@ -92,6 +92,10 @@ class Variant:
         """What a file says it is."""
         return getattr(self.config, "peft_type", None)
 
+    def resolved(self, name: str) -> Any:
+        """What this field gives, imported where it is an import path."""
+        return resolved(getattr(self, name))
+
     @property
     def is_around_modules(self) -> bool:
         """Whether it wraps modules that the config's target_modules pick."""

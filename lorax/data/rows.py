@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorax.errors import DataError, EnvironmentProblem, require
-from lorax.files import read_bounded
+from lorax.errors import DataError, EnvironmentProblem
+from lorax.files import read_bounded, require
 
 Row = tuple[dict[str, Any], str]  # the row, and "file:line"
 

@@ -1,41 +1,8 @@
-"""Causal attention over grouped heads, and the cache of keys and values for generation."""
+"""Causal attention over grouped heads: softmax(Q K^T / sqrt(D)) V, masked."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-class KVCache:
-    """Keys and values of the tokens so far, allocated once: 2 x (L, B, K, max_length, D).
-
-    A model calls `append` in each layer and `advance` once at the end of its forward pass.
-    """
-
-    def __init__(
-        self,
-        layers: int,
-        batch: int,
-        kv_heads: int,
-        max_length: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        shape = (layers, batch, kv_heads, max_length, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key and value (B, K, T, D) behind what is there; give all of it, (B, K, S, D)."""
-        end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` more as seen."""
-        self.length += tokens
 
 
 def causal_attention(
@@ -67,7 +34,9 @@ def causal_attention(
         if window is not None:
             mask = mask.triu(S - T - window + 1)
     if cap is not None:
-        return _capped_attention(query, key, value, mask, scale or query.shape[3] ** -0.5, cap)
+        from lorax.models.capped_attention import capped_attention
+
+        return capped_attention(query, key, value, mask, scale or query.shape[3] ** -0.5, cap)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -77,21 +46,6 @@ def causal_attention(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-
-
-def _capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float
-) -> Tensor:
-    """The same written out, for torch's operator has no place between scores and softmax.
-
-    mask (T, S): where a query sees; None is everywhere. The scores (B, H, T, S) are kept.
-    """
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))  # (B, H, S, D)
-    scores = soft_cap(query @ key.transpose(2, 3) * scale, cap)  # (B, H, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

@@ -1,7 +1,7 @@
 """The families of models, by the `model_type` of their config.json; torch is not needed to ask.
 
 A family is one entry: its name, transformers' class for it, and where its two classes are. What
-they must offer is in lorax/models/model.py. A researcher's own comes in from their own file:
+they must offer is in config.py and model.py. A researcher's own comes in from their own file:
 
     lorax.register_model("olmo2", "Olmo2ForCausalLM", config=Olmo2Config, model=Olmo2)
 """
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from lorax.errors import UnsupportedModel, UsageError
 
 if TYPE_CHECKING:
-    from lorax.models.model import Model, ModelConfig
+    from lorax.models.config import ModelConfig
+    from lorax.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def register_model(
     Args:
         model_type: of its config.json.
         architecture: transformers' class for it, "Olmo2ForCausalLM".
-        config: a `lorax.models.model.ModelConfig`, or "package.module:Class".
+        config: a `lorax.models.config.ModelConfig`, or "package.module:Class".
         model: a `lorax.models.model.Model`, made of such a config.
 
     Raises:

@@ -18,15 +18,18 @@ Other families take the parts and put them together in another way (gemma2.py, p
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lorax.models.activations import ACTIVATIONS
-from lorax.models.attention import KVCache, causal_attention, merge_heads, split_heads
-from lorax.models.llama_config import LlamaConfig as LlamaConfig
+from lorax.models.attention import causal_attention, merge_heads, split_heads
 from lorax.models.model import Body, Layer, Model
 from lorax.models.rope import rotate, rotations
+
+if TYPE_CHECKING:
+    from lorax.models.cache import KVCache
+    from lorax.models.llama_config import LlamaConfig
 
 Rope = tuple[Tensor, Tensor]  # cosine and sine, each (T, D)
 Norm = Callable[[int, float], nn.Module]
@@ -58,10 +61,8 @@ class LlamaModel(Body):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        new_layer = layer or llama_layer
-        self.layers = nn.ModuleList(
-            new_layer(config, index) for index in range(config.num_hidden_layers)
-        )
+        make = layer or llama_layer
+        self.layers = nn.ModuleList(make(config, i) for i in range(config.num_hidden_layers))
         self.norm = (norm or RMSNorm)(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -160,7 +161,7 @@ class LlamaMLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation = config.activation
         self.gate_proj = nn.Linear(C, inner, bias=bias)
         self.up_proj = nn.Linear(C, inner, bias=bias)
         self.down_proj = nn.Linear(inner, C, bias=bias)

@@ -7,16 +7,25 @@ which of config.json's keys it reads, what a missing one means, and which differ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from torch import Tensor
+
 from lorax.errors import FormatError, UsageError
-from lorax.models.activations import read_activation
+from lorax.models.activations import ACTIVATIONS, read_activation
+from lorax.models.config import GGUFLayout, ModelConfig, Sizes
 from lorax.models.config_values import flag, number, size
-from lorax.models.model import GGUFLayout, ModelConfig, Sizes
-from lorax.models.rope import DynamicScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 from lorax.models.rope_config import read_rope, write_rope
+from lorax.models.stretching import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Stretching,
+    YarnScaling,
+)
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -99,6 +108,18 @@ class LlamaConfig(ModelConfig):
         if self.dynamic_scaling is None:
             return self.max_position_embeddings
         return int(self.max_position_embeddings * self.dynamic_scaling.factor)
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """The function between the Linears of an MLP."""
+        return ACTIVATIONS[self.hidden_act]
+
+    @property
+    def stretching(self) -> Stretching | None:
+        """How the rotations are slowed down; None: they are not."""
+        ways = (self.llama3_scaling, self.yarn_scaling, self.dynamic_scaling, self.longrope_scaling)
+        linear = LinearScaling(self.rope_factor) if self.rope_factor != 1.0 else None
+        return next((way for way in ways if way is not None), linear)
 
     @property
     def rotary_dim(self) -> int:

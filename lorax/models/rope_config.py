@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorax.errors import FormatError, UnsupportedModel
 from lorax.models.config_values import flag, number, size
-from lorax.models.rope import DynamicScaling, Llama3Scaling, LongRopeScaling, YarnScaling
+from lorax.models.stretching import DynamicScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 
 if TYPE_CHECKING:
     from lorax.models.llama_config import LlamaConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.config_checks import check_rank
+from lorax.adapters.config_checks import check_rank, settle_keywords
 from lorax.adapters.variants import UNKNOWN_STEPS, Variant, register_variant
 from lorax.errors import AdapterError
 
@@ -57,7 +57,7 @@ class AdaLoRAConfig(LoRAConfig):
     peft_type: str = field(default="ADALORA", kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._settle_keywords()
+        settle_keywords(self)
         for key, rest in _NOT_FOR_ADALORA.items():
             if getattr(self, key) != rest:
                 raise AdapterError(

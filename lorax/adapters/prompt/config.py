@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lorax.adapters.config_keys import AdapterConfig, check_unknown, opening_with
+from lorax.adapters.config_files import check_unknown, opening_with
+from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.variants import Variant, register_variant
 from lorax.errors import AdapterError
 
