@@ -31,7 +31,7 @@ class LoRAConfig(PeftKeywords):
         that must match whole paths, or "all-linear"; None takes the model's usual ones.
     exclude_modules: names or one regular expression that are left out.
     lora_dropout: the share of the inputs that the path does not see while training.
-    fan_in_fan_out: said of GPT-2's Conv1D; lorax sees to it itself and only keeps the word.
+    fan_in_fan_out: PEFT's flag for Conv1D; kept for files, unused: weights are always (out, in).
     bias: which of the model's own biases are trained: "none", "lora_only" (of the adapted layers)
         or "all".
     lora_bias: B has a bias of its own, scaled as the path is; not on embeddings, not with DoRA.

@@ -40,9 +40,9 @@ def check_config(config: LoRAConfig) -> None:
     for name, alpha in config.alpha_pattern.items():
         _check_alpha(f"alpha_pattern[{name!r}]", alpha)
     if not 0.0 <= config.lora_dropout < 1.0:
-        raise AdapterError(f"lora_dropout is {config.lora_dropout}; expected 0 <= p < 1")
+        raise AdapterError(f"lora_dropout is {config.lora_dropout}; expected 0 <= p < 1; mend it")
     if config.bias not in ("none", "all", "lora_only"):
-        raise AdapterError(f"bias is {config.bias!r}; expected none, all or lora_only")
+        raise AdapterError(f"bias is {config.bias!r}; expected none, all or lora_only; mend it")
     _check_names("modules_to_save", config.modules_to_save)
     _check_indices(config.trainable_token_indices)
     _check_word(config)
@@ -123,7 +123,8 @@ def _check_word(config: LoRAConfig) -> None:
     elif not (isinstance(how, bool) or how in ("loftq", *SETTLED, *LOST) or config.starts_inside):
         raise AdapterError(
             f"init_lora_weights is {how!r}; lorax covers true, false, 'gaussian', 'pissa', "
-            f"'pissa_niter_K', 'olora' and 'loftq', and loads {', '.join((*SETTLED, *LOST))}"
+            f"'pissa_niter_K', 'olora' and 'loftq', and loads {', '.join((*SETTLED, *LOST))}; "
+            "take one of these"
         )
 
 
@@ -139,13 +140,17 @@ def _check_loftq(config: LoRAConfig) -> None:
     settings = {"loftq_bits": 4, "loftq_iter": 1, **stated}
     unknown = sorted(set(settings) - {"loftq_bits", "loftq_iter", "loftq_format"})
     if unknown:
-        raise AdapterError(f"loftq_config: {unknown} unknown; expected loftq_bits, loftq_iter")
+        raise AdapterError(
+            f"loftq_config: {unknown} unknown; expected loftq_bits, loftq_iter; leave the "
+            "others out"
+        )
     if settings["loftq_bits"] != 4:
-        raise AdapterError(f"loftq_bits is {settings['loftq_bits']!r}; lorax covers 4 (NF4)")
+        found = settings["loftq_bits"]
+        raise AdapterError(f"loftq_bits is {found!r}; lorax covers 4 (NF4); give 4")
     check_rank("loftq_iter", settings["loftq_iter"], MAX_LOFTQ_ITERATIONS)
     if settings.get("loftq_format", "nf4") not in ("nf4", "nf4-dq"):
         found = settings["loftq_format"]
-        raise AdapterError(f"loftq_format is {found!r}; expected 'nf4' or 'nf4-dq'")
+        raise AdapterError(f"loftq_format is {found!r}; expected 'nf4' or 'nf4-dq'; mend it")
     object.__setattr__(config, "loftq_config", settings)
 
 
@@ -162,7 +167,8 @@ def _check_expressions(config: LoRAConfig) -> None:
     hard = [expression for expression in used if not is_plain(expression)]
     if len(hard) > MAX_EXPRESSIONS:
         raise AdapterError(
-            f"{len(hard)} regular expressions; expected at most {MAX_EXPRESSIONS}, or plain names"
+            f"{len(hard)} regular expressions; expected at most {MAX_EXPRESSIONS}, or plain names; "
+            "join them by |, or list names"
         )
     for expression in hard:
         check_expression(expression, used[expression])
@@ -171,19 +177,21 @@ def _check_expressions(config: LoRAConfig) -> None:
 def check_rank(name: str, rank: Any, highest: int = MAX_RANK) -> None:
     """Refuse what is no whole number from 1 to `highest`."""
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= highest:
-        raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 to {highest}")
+        raise AdapterError(
+            f"{name} is {rank!r}; expected a whole number from 1 to {highest}; mend it"
+        )
 
 
 def _check_alpha(name: str, alpha: Any) -> None:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise AdapterError(f"{name} is {alpha!r}; expected a finite number")
+        raise AdapterError(f"{name} is {alpha!r}; expected a finite number; mend it")
 
 
 def _check_names(key: str, names: Any) -> None:
     if names is None:
         return
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise AdapterError(f"{key} is {names!r}; expected a list of names")
+        raise AdapterError(f"{key} is {names!r}; expected a list of names; mend it")
 
 
 def _check_indices(indices: Any) -> None:
@@ -192,5 +200,5 @@ def _check_indices(indices: Any) -> None:
         whole = isinstance(rows, list) and all(type(row) is int for row in rows)
         if not whole:
             raise AdapterError(
-                f"trainable_token_indices has {rows!r}; expected a list of whole numbers"
+                f"trainable_token_indices has {rows!r}; expected a list of whole numbers; mend it"
             )

@@ -65,7 +65,7 @@ class LoRALinear(AdapterLayer):
         return cls(base, config.rank(name), config.scaling(name), config.lora_dropout, **more)
 
     def initialize(self, how: bool | str) -> None:
-        """Draw A and B from torch's global generator; see `fresh`."""
+        """Draw A (r, in) and B (out, r) from torch's global generator; see `fresh`."""
         fresh(self.lora_A, self.lora_B, how)
         if self.lora_B_bias is not None:
             bound = 1 / math.sqrt(self.r) if how is False else 0.0
@@ -77,7 +77,7 @@ class LoRALinear(AdapterLayer):
 
     @property
     def frozen(self) -> nn.Module:
-        """What the path stands beside: the base, or what a variant computes with instead."""
+        """The module to whose output the path is added: the base, or a variant's own."""
         return self.base_layer
 
     def frozen_weight(self) -> Tensor:
@@ -92,7 +92,7 @@ class LoRALinear(AdapterLayer):
         return self.path_onto(self.frozen(x), self.dropped(x))
 
     def dropped(self, x: Tensor) -> Tensor:
-        """What the path sees of x."""
+        """The path's input: x (..., in), with dropout while training."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def path_onto(self, y: Tensor, x: Tensor) -> Tensor:

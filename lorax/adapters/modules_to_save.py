@@ -122,7 +122,11 @@ def find_parameters(
     taken = {place for places in groups for place in places}
     if config.bias != "none":
         if config.init_lora_weights == "loftq":
-            raise AdapterError("bias: LoftQ computes with a copy of the base; 'none' goes with it")
+            raise AdapterError(
+                f"bias is {config.bias!r}: LoftQ computes with a copy of the base; 'none' goes "
+                "with "
+                "it; leave bias out"
+            )
         groups += [[place] for place in _biases(model, config, adapted) if place not in taken]
     return groups
 
@@ -143,7 +147,9 @@ def _saved_modules(
                 "base without quantization, or adapt it by target_modules"
             )
         if next(module.parameters(), None) is None:
-            raise AdapterError(f"modules_to_save: {name} has no parameters")
+            raise AdapterError(
+                f"modules_to_save: {name} has no parameters; name a module that has some"
+            )
         for other in (*adapted, *saved):
             if (other == name and other in adapted) or other.startswith(name + "."):
                 raise AdapterError(
@@ -164,7 +170,8 @@ def _tied(
     pair = [f"{embedding}.weight", f"{HEAD}.weight"]
     if {embedding, HEAD} & set(adapted):
         raise AdapterError(
-            "ensure_weight_tying: one LoRA for embedding and head together is not covered"
+            "ensure_weight_tying: one LoRA for embedding and head together is not covered; name "
+            "them in modules_to_save, or leave ensure_weight_tying out"
         )
     if not any(name.split(".")[-1] in EMBEDDING_NAMES for name in config.modules_to_save or []):
         return groups

@@ -55,6 +55,7 @@ def read_activation(values: dict[str, Any], key: str, where: str) -> str:
     name = values[key]
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UnsupportedModel(
-            f"{where}: {key} {name!r} is not covered; lorax has {', '.join(ACTIVATIONS)}"
+            f"{where}: {key} {name!r} is not covered; lorax has {', '.join(ACTIVATIONS)}; mend "
+            "it, or take another model"
         )
     return name

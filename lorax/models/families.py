@@ -111,7 +111,10 @@ def register_model(
             once more, changes nothing else.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", model_type):
-        raise UsageError(f"model_type {model_type!r}: expected letters, digits, '_', '-' and '.'")
+        raise UsageError(
+            f"model_type {model_type!r}: expected letters, digits, '_', '-' and '.'; take "
+            "another name"
+        )
     family = Family(model_type, architecture, config, model)
     there = FAMILIES.get(model_type)
     if there is not None and _names(there) != _names(family):

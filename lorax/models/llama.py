@@ -52,7 +52,7 @@ class Llama(Model):
 
 
 class LlamaModel(Body):
-    """Embedding, layers and final norm.
+    """Embedding, layers and final norm: input_ids (B, T) int64 -> (B, T, C).
 
     layer: makes the layer of an index; norm: makes the final norm of a width and epsilon.
     """
@@ -87,7 +87,7 @@ def llama_layer(config: LlamaConfig, index: int) -> nn.Module:
 
 
 class LlamaLayer(nn.Module):
-    """Attention and MLP, each behind its norm and added to the stream."""
+    """Attention and MLP, each behind its norm and added to the stream: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: LlamaConfig, attention: nn.Module, mlp: nn.Module):
         super().__init__()
@@ -102,7 +102,7 @@ class LlamaLayer(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    """H query heads over K key / value heads of width D.
+    """H query heads over K key / value heads of width D: (B, T, C) -> (B, T, C).
 
     norm: makes the norm over a head of q and k, where the config has one.
     scale: of the scores; None is 1 / sqrt(D). cap: of the scores, see `causal_attention`.
@@ -156,7 +156,7 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    """SwiGLU, or the same with another activation."""
+    """SwiGLU, or the same with another activation: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -171,7 +171,7 @@ class LlamaMLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; the root mean square in float32, rounded before the weight."""
+    """x / rms(x) * weight, (..., C); rms in float32, rounded to x's dtype before the weight."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()

@@ -238,7 +238,9 @@ def read_sizes(values: dict[str, Any], where: str) -> dict[str, Any]:
     width = head_dim(values, where)
     if heads % kv_heads or width % 2 or heads * width > 2**27:
         raise FormatError(
-            f"{where}: {heads} heads over {kv_heads} key heads of width {width} do not fit"
+            f"{where}: {heads} heads over {kv_heads} key heads of width {width} do not fit; "
+            "expected "
+            "a multiple of the key heads and an even width; mend the config, or get it anew"
         )
     return {
         "vocab_size": size(values, "vocab_size", where),
@@ -295,7 +297,8 @@ def read_qwen(values: dict[str, Any], where: str) -> dict[str, Any]:
         first = values["max_window_layers"]
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise FormatError(
-                f"{where}: max_window_layers must be a whole number from 0, found {first!r}"
+                f"{where}: max_window_layers must be a whole number from 0, found {first!r}; "
+                "mend it"
             )
         layers = range(fields["num_hidden_layers"])
         types = tuple(SLIDING if layer >= first else FULL for layer in layers)

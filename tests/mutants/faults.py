@@ -160,7 +160,7 @@ INFERENCE_FAULTS = [
           f"{ONCE} -k mode"),
     Fault("lorax/models/attention.py", ".tril(S - T)", ".tril()",
           "with a cache the mask is another", MODELS + " -k cache"),
-    Fault("lorax/models/attention.py", "self.length += tokens", "self.length = tokens",
+    Fault("lorax/models/cache.py", "self.length += tokens", "self.length = tokens",
           "the cache forgets its length", MODELS + " -k cache"),
 ]  # fmt: skip
 

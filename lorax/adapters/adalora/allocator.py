@@ -56,7 +56,9 @@ class RankAllocator:
     def __init__(self, model: nn.Module):
         config = adapter_config(model)
         if not isinstance(config, AdaLoRAConfig):
-            raise AdapterError(f"the model's adapter is {config.peft_type}; expected ADALORA")
+            raise AdapterError(
+                f"the model's adapter is {config.peft_type}; expected ADALORA; add one first"
+            )
         if config.rank_pattern is not None:
             raise AdapterError(
                 "the adapter's ranks are settled: its rank_pattern is there"
