@@ -22,7 +22,7 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def require_adapter(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The adapted layers, of which there must be some."""
+    """The adapted layers by their paths; an AdapterError where there is none."""
     layers = adapter_layers(model)
     if not layers:
         raise AdapterError("the model has no adapter; add_adapter or load_adapter first")
@@ -30,7 +30,7 @@ def require_adapter(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def require_none(model: nn.Module) -> None:
-    """Refuse a model that has an adapter."""
+    """Refuse, as an AdapterError, a model that has an adapter."""
     if adapter_layers(model):
         raise AdapterError("the model has an adapter already; unload_adapter(model) first")
 
@@ -64,7 +64,7 @@ def adapter_config(model: nn.Module) -> LoRAConfig:
 
 
 def stated_config(model: nn.Module) -> AdapterConfig:
-    """The config of the model's adapter, whatever it is."""
+    """The config of the model's adapter, whatever it is; an AdapterError where there is none."""
     require_adapter(model)
     config = model.adapter_config
     assert isinstance(config, AdapterConfig)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from lorax.adapters.config import LOST, SETTLED
 from lorax.adapters.config_files import NOT_COVERED, default_of, log
-from lorax.adapters.expressions import check_expression
 from lorax.adapters.matching import is_plain
 from lorax.errors import AdapterError
 
@@ -171,6 +170,8 @@ def _check_expressions(config: LoRAConfig) -> None:
             "join them by |, or list names"
         )
     for expression in hard:
+        from lorax.adapters.expressions import check_expression
+
         check_expression(expression, used[expression])
 
 
