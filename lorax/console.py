@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from lorax.errors import one_line, visible
+from lorax.text import one_line, visible
 
 
 class PlainConsole(Console):

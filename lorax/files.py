@@ -1,11 +1,14 @@
-"""Reading a small file whole: only a regular one, and only up to a size.
+"""A path that must be there; and a small file read whole, only a regular one, up to a size.
 
 Opening a FIFO would block, /dev/zero would never end, and a link may lead to either.
 """
 
 import codecs
+import os
 import stat
 from pathlib import Path
+
+from lorax.errors import EnvironmentProblem
 
 
 def read_bounded(path: Path, max_bytes: int | None = None) -> bytes:
@@ -70,3 +73,21 @@ _PACKED = {
     "xz": b"\xfd7zXZ",
     "bzip2": b"BZh",
 }
+
+
+def require(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` filled in, if something is there.
+
+    Raises:
+        EnvironmentProblem: nothing is, or a directory above it cannot be looked into. Every command
+            gives a path that is missing the same exit code.
+    """
+    found = Path(path).expanduser()
+    try:
+        found.lstat()
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise EnvironmentProblem(
+            f"{found}: cannot be read ({reason}); give a path that exists"
+        ) from None
+    return found

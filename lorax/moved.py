@@ -23,6 +23,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "adapters.started": ("adapters.pissa", "adapters.loftq"),
     "adapters.tokens": ("adapters.trainable_tokens",),
     "formats.merged_model": ("merging.files",),
+    "models.prefix": ("models.model",),
     "quant.bitsandbytes_layout": ("quant.state_dict",),
     "quant.formats": ("quant.quantize", "quant.state_dict"),
     "quant.llm_int8": ("quant.int8",),

@@ -16,7 +16,9 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from lorax.errors import LoraxError, PluginError, one_line, require
+from lorax.errors import LoraxError, PluginError
+from lorax.files import require
+from lorax.text import one_line
 
 _loaded: dict[Path, ModuleType] = {}
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorax.console import PlainConsole
-from lorax.errors import visible
+from lorax.text import visible
 from lorax.training.loop import Listener
 from lorax.training.metrics import Line
 from lorax.training.packing import packing_of

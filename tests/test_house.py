@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from test_reading_path import named_files
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "kernels": 0, "errors": 0, "version": 0, "backend": 0, "heap": 0, "files": 0, "plugins": 0,
-    "moved": 0, "models": 0, "data": 0,
+    "moved": 0, "text": 0, "models": 0, "data": 0,
     "quant": 1, "adapters": 2, "optim": 2,
     "console": 3, "formats": 3, "training": 4, "inference": 4,
     "parity": 5, "merging": 5, "inspect": 5, "progress": 5, "demo": 6, "cli": 7,
@@ -122,3 +123,14 @@ def test_every_public_name_is_there():
     assert lorax.errors.LoraxError is lorax.LoraxError
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = lorax.no_such_name
+
+
+def test_type_checkers_read_the_same_names():
+    """__init__.pyi imports what __init__.py gives, each from the module that defines it."""
+    import lorax
+
+    tree = ast.parse((ROOT / "lorax" / "__init__.pyi").read_text())
+    stated = {node.names[0].name: node.module for node in tree.body[1:]}
+    assert sorted(stated) == sorted([*lorax.__all__, "__version__"])
+    for name, module in stated.items():
+        assert getattr(import_module(module), name) is getattr(lorax, name)

@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.attached import adapter_config, require_adapter
+from lorax.adapters.attached import require_adapter
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.config_keys import AdapterConfig
+from lorax.adapters.stated import adapter_config
 from lorax.adapters.variants import variant_of
 from lorax.errors import AdapterError
 from lorax.models.model import Model
@@ -90,7 +91,7 @@ class LowRank:
     def truncate(self, k: int) -> tuple[LowRank, float]:
         """The nearest matrix of rank k (Eckart and Young), and its distance ||D - D_k||."""
         if k < 1:
-            raise AdapterError(f"cannot truncate to rank {k}; expected 1 or more")
+            raise AdapterError(f"cannot truncate to rank {k}; expected 1 or more; give such a rank")
         Q_B, core, Q_A = self.core()
         U, S, Vt = torch.linalg.svd(core)
         root = S[:k].sqrt()
@@ -128,7 +129,7 @@ class Adapter:
                 layers[name] = LowRank(*layer.low_rank())
             except AdapterError as error:
                 raise AdapterError(f"{name} {error}") from None
-        turned = isinstance(model, Model) and model.has_transposed
+        turned = isinstance(model, Model) and model.transposed is not None
         config = dataclasses.replace(config, fan_in_fan_out=turned)
         return Adapter(layers, getattr(model, "name_or_path", "") or None, config)
 

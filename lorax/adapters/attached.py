@@ -1,14 +1,19 @@
-"""What adapter a model has: its layers by their paths, and its config."""
+"""What adapter a model has: its layers by their paths, its replaced parameters, its config."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.layer import AdapterLayer
-from lorax.adapters.variants import variant_of
 from lorax.errors import AdapterError
+
+if TYPE_CHECKING:
+    from lorax.adapters.modules_to_save import Replacement
+    from lorax.adapters.variants import Variant
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -17,7 +22,7 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def require_adapter(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The adapted layers, of which there must be some."""
+    """The adapted layers by their paths; an AdapterError where there is none."""
     layers = adapter_layers(model)
     if not layers:
         raise AdapterError("the model has no adapter; add_adapter or load_adapter first")
@@ -25,26 +30,25 @@ def require_adapter(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def require_none(model: nn.Module) -> None:
-    """Refuse a model that has an adapter."""
+    """Refuse, as an AdapterError, a model that has an adapter."""
     if adapter_layers(model):
         raise AdapterError("the model has an adapter already; unload_adapter(model) first")
 
 
-def adapter_config(model: nn.Module) -> LoRAConfig:
-    """The config of the model's adapter, of any variant around modules, its targets written out."""
-    config = stated_config(model)
-    variant = variant_of(config)
-    if not variant.is_around_modules:
-        raise AdapterError(f"the model's adapter is {variant.title}; expected one around modules")
-    return around_modules(config)
+def replaced_parameters(model: nn.Module) -> list[Replacement]:
+    """The model's replaced parameters, in its own order; none without an adapter that has any."""
+    return getattr(model, "_replaced_parameters", [])
 
 
-def stated_config(model: nn.Module) -> AdapterConfig:
-    """The config of the model's adapter, whatever it is."""
-    require_adapter(model)
-    config = model.adapter_config
-    assert isinstance(config, AdapterConfig)
-    return config
+def variant_of(config: Any) -> Variant:
+    """The variant that a config asks for, out of the table of all that are registered.
+
+    Raises:
+        AdapterError: it is of a class that nobody registered.
+    """
+    from lorax.adapters import variants  # which imports each variant's file
+
+    return variants.variant_of(config)
 
 
 def attach_config(model: nn.Module, config: AdapterConfig) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from lorax.adapters.config_keys import NOT_COVERED, PeftKeywords, check_unknown, opening_with
+from lorax.adapters.config_keys import PeftKeywords
 from lorax.adapters.matching import matches_end, matches_module, matches_whole, number_behind
-from lorax.errors import AdapterError
 
 NITER = re.compile(r"pissa_niter_(\d{1,3})")  # PiSSA by a randomized SVD
 
@@ -33,7 +31,7 @@ class LoRAConfig(PeftKeywords):
         that must match whole paths, or "all-linear"; None takes the model's usual ones.
     exclude_modules: names or one regular expression that are left out.
     lora_dropout: the share of the inputs that the path does not see while training.
-    fan_in_fan_out: said of GPT-2's Conv1D; lorax sees to it itself and only keeps the word.
+    fan_in_fan_out: PEFT's flag for Conv1D; kept for files, unused: weights are always (out, in).
     bias: which of the model's own biases are trained: "none", "lora_only" (of the adapted layers)
         or "all".
     lora_bias: B has a bias of its own, scaled as the path is; not on embeddings, not with DoRA.
@@ -97,13 +95,11 @@ class LoRAConfig(PeftKeywords):
             AdapterError: a key that PEFT does not have, or one that is not covered and asks for
                 something; `where` opens the message.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in NOT_COVERED:
-            if values.get(key):
-                raise AdapterError(f"{where}: {key} = {values[key]!r} is not covered by lorax")
-        check_unknown(values, known, where)
+        from lorax.adapters.config_files import known_values, opening_with
+
+        known = known_values(cls, values, where)
         with opening_with(where):
-            return cls(**{key: value for key, value in values.items() if key in known})
+            return cls(**known)
 
     @property
     def starts_inside(self) -> bool:
@@ -139,17 +135,11 @@ class LoRAConfig(PeftKeywords):
             return True  # no numbers; or a whole path, meant as it stands, whatever its layer
         return self._layer_number(name) in self._layers()
 
-    def unmatched(self, names: Iterable[str]) -> list[str]:
+    def unmatched(self, names: Collection[str]) -> list[str]:
         """The entries of target_modules that match none of these paths."""
-        names = list(names)
         targets = self.target_modules or []
-        targets = [targets] if isinstance(targets, str) else targets
-        whole = isinstance(self.target_modules, str)
-        return [
-            target
-            for target in targets
-            if not any(_matches(target if whole else [target], name) for name in names)
-        ]
+        entries = {targets: targets} if isinstance(targets, str) else {t: [t] for t in targets}
+        return [t for t, entry in entries.items() if not any(_matches(entry, n) for n in names)]
 
     def unmatched_patterns(self, targets: Collection[str]) -> list[str]:
         """A line for each key of rank_pattern and alpha_pattern that matches none of the paths."""
@@ -157,20 +147,15 @@ class LoRAConfig(PeftKeywords):
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern, value in getattr(self, key).items():
                 if not any(self._pattern_value({pattern: True}, name, False) for name in targets):
-                    lines.append(f"{key}: {pattern!r} (for {value}) matches no adapted module")
+                    found = f"{pattern!r} (for {value}) matches no adapted module"
+                    lines.append(f"{key}: {found}; mend it, or leave it out")
         return lines
 
     def check_start(self) -> None:
-        """Refuse a start that only a loaded adapter can have had.
+        """Refuse, as an AdapterError, a start that only a loaded adapter can have had."""
+        from lorax.adapters.config_checks import check_start
 
-        Raises:
-            AdapterError: see above.
-        """
-        if self.init_lora_weights in (*SETTLED, *LOST):
-            raise AdapterError(
-                f"init_lora_weights = {self.init_lora_weights!r}: lorax loads such an adapter, and "
-                "starts none; take true, 'gaussian', 'pissa', 'olora' or 'loftq'"
-            )
+        check_start(self)
 
     def _layers(self) -> list[int]:
         layers = self.layers_to_transform

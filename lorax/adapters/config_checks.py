@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorax.adapters.config import LOST, SETTLED
-from lorax.adapters.config_keys import log
-from lorax.adapters.matching import check_expression, is_plain
+from lorax.adapters.config_files import NOT_COVERED, default_of, log
+from lorax.adapters.matching import is_plain
 from lorax.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def check_config(config: LoRAConfig) -> None:
     """
     if config.init_lora_weights is None:  # PEFT draws both then
         object.__setattr__(config, "init_lora_weights", False)
-    config._settle_keywords()
+    settle_keywords(config)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         value = getattr(config, key)
         if value is not None and not isinstance(value, str | list):
@@ -38,9 +39,9 @@ def check_config(config: LoRAConfig) -> None:
     for name, alpha in config.alpha_pattern.items():
         _check_alpha(f"alpha_pattern[{name!r}]", alpha)
     if not 0.0 <= config.lora_dropout < 1.0:
-        raise AdapterError(f"lora_dropout is {config.lora_dropout}; expected 0 <= p < 1")
+        raise AdapterError(f"lora_dropout is {config.lora_dropout}; expected 0 <= p < 1; mend it")
     if config.bias not in ("none", "all", "lora_only"):
-        raise AdapterError(f"bias is {config.bias!r}; expected none, all or lora_only")
+        raise AdapterError(f"bias is {config.bias!r}; expected none, all or lora_only; mend it")
     _check_names("modules_to_save", config.modules_to_save)
     _check_indices(config.trainable_token_indices)
     _check_word(config)
@@ -64,6 +65,48 @@ def check_config(config: LoRAConfig) -> None:
     _check_expressions(config)
 
 
+def settle_keywords(config: LoRAConfig) -> None:
+    """Put defaults where null or nothing stands, and refuse what is not covered.
+
+    Raises:
+        AdapterError: a keyword of PEFT's that would change what is computed.
+    """
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        default = default_of(each)
+        if each.name in NOT_COVERED and value:
+            raise AdapterError(f"{each.name} = {value!r} is not covered by lorax; leave it out")
+        nothing = value is None or (_is_empty(value) and each.name != "target_modules")
+        if nothing or each.name == "peft_type":  # PEFT too overwrites the latter
+            object.__setattr__(config, each.name, default)
+    for name in ("task_type", "eva_config", "corda_config", "lora_ga_config"):
+        object.__setattr__(config, name, _plain(getattr(config, name)))
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, list | tuple | set | dict) and not value
+
+
+def _plain(value: Any) -> Any:
+    """An enum's value, a dataclass as a dict; anything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return getattr(value, "value", value)
+
+
+def check_start(config: LoRAConfig) -> None:
+    """Refuse a start that only a loaded adapter can have had.
+
+    Raises:
+        AdapterError: init_lora_weights is one of SETTLED or LOST.
+    """
+    if config.init_lora_weights in (*SETTLED, *LOST):
+        raise AdapterError(
+            f"init_lora_weights = {config.init_lora_weights!r}: lorax loads such an adapter, and "
+            "starts none; take true, 'gaussian', 'pissa', 'olora' or 'loftq'"
+        )
+
+
 def check_ranks(pattern: Mapping[str, Any]) -> None:
     """Refuse a rank in rank_pattern that is none."""
     for name, rank in pattern.items():
@@ -79,7 +122,8 @@ def _check_word(config: LoRAConfig) -> None:
     elif not (isinstance(how, bool) or how in ("loftq", *SETTLED, *LOST) or config.starts_inside):
         raise AdapterError(
             f"init_lora_weights is {how!r}; lorax covers true, false, 'gaussian', 'pissa', "
-            f"'pissa_niter_K', 'olora' and 'loftq', and loads {', '.join((*SETTLED, *LOST))}"
+            f"'pissa_niter_K', 'olora' and 'loftq', and loads {', '.join((*SETTLED, *LOST))}; "
+            "take one of these"
         )
 
 
@@ -95,13 +139,17 @@ def _check_loftq(config: LoRAConfig) -> None:
     settings = {"loftq_bits": 4, "loftq_iter": 1, **stated}
     unknown = sorted(set(settings) - {"loftq_bits", "loftq_iter", "loftq_format"})
     if unknown:
-        raise AdapterError(f"loftq_config: {unknown} unknown; expected loftq_bits, loftq_iter")
+        raise AdapterError(
+            f"loftq_config: {unknown} unknown; expected loftq_bits, loftq_iter; leave the "
+            "others out"
+        )
     if settings["loftq_bits"] != 4:
-        raise AdapterError(f"loftq_bits is {settings['loftq_bits']!r}; lorax covers 4 (NF4)")
+        found = settings["loftq_bits"]
+        raise AdapterError(f"loftq_bits is {found!r}; lorax covers 4 (NF4); give 4")
     check_rank("loftq_iter", settings["loftq_iter"], MAX_LOFTQ_ITERATIONS)
     if settings.get("loftq_format", "nf4") not in ("nf4", "nf4-dq"):
         found = settings["loftq_format"]
-        raise AdapterError(f"loftq_format is {found!r}; expected 'nf4' or 'nf4-dq'")
+        raise AdapterError(f"loftq_format is {found!r}; expected 'nf4' or 'nf4-dq'; mend it")
     object.__setattr__(config, "loftq_config", settings)
 
 
@@ -118,28 +166,33 @@ def _check_expressions(config: LoRAConfig) -> None:
     hard = [expression for expression in used if not is_plain(expression)]
     if len(hard) > MAX_EXPRESSIONS:
         raise AdapterError(
-            f"{len(hard)} regular expressions; expected at most {MAX_EXPRESSIONS}, or plain names"
+            f"{len(hard)} regular expressions; expected at most {MAX_EXPRESSIONS}, or plain names; "
+            "join them by |, or list names"
         )
     for expression in hard:
+        from lorax.adapters.expressions import check_expression
+
         check_expression(expression, used[expression])
 
 
 def check_rank(name: str, rank: Any, highest: int = MAX_RANK) -> None:
     """Refuse what is no whole number from 1 to `highest`."""
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= highest:
-        raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 to {highest}")
+        raise AdapterError(
+            f"{name} is {rank!r}; expected a whole number from 1 to {highest}; mend it"
+        )
 
 
 def _check_alpha(name: str, alpha: Any) -> None:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise AdapterError(f"{name} is {alpha!r}; expected a finite number")
+        raise AdapterError(f"{name} is {alpha!r}; expected a finite number; mend it")
 
 
 def _check_names(key: str, names: Any) -> None:
     if names is None:
         return
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise AdapterError(f"{key} is {names!r}; expected a list of names")
+        raise AdapterError(f"{key} is {names!r}; expected a list of names; mend it")
 
 
 def _check_indices(indices: Any) -> None:
@@ -148,5 +201,5 @@ def _check_indices(indices: Any) -> None:
         whole = isinstance(rows, list) and all(type(row) is int for row in rows)
         if not whole:
             raise AdapterError(
-                f"trainable_token_indices has {rows!r}; expected a list of whole numbers"
+                f"trainable_token_indices has {rows!r}; expected a list of whole numbers; mend it"
             )

@@ -18,8 +18,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lorax.adapters.attached import adapter_config, attach_config, require_adapter
+from lorax.adapters.attached import attach_config, require_adapter
 from lorax.adapters.config import LoRAConfig
+from lorax.adapters.stated import adapter_config
 from lorax.adapters.tables import is_tied
 from lorax.errors import AdapterError
 from lorax.models.model import Model
@@ -46,7 +47,7 @@ def start_is_lost(
     if quantized:
         format = quantized[0].quantized.format
         return f"over a base in {format}, PEFT decomposes or rounds another weight ({how})"
-    if how == "olora" and isinstance(model, Model) and model.has_transposed:
+    if how == "olora" and isinstance(model, Model) and model.transposed is not None:
         return "PEFT decomposes GPT-2's weights transposed (olora)"
     if "lm_head" in bases and is_tied(model):
         return f"PEFT takes the start of a tied head out of the embedding too ({how})"

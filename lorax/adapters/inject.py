@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lorax.adapters.attached import around_modules, attach_config, require_adapter, require_none
+from lorax.adapters.attached import (
+    around_modules,
+    attach_config,
+    replaced_parameters,
+    require_adapter,
+    require_none,
+    variant_of,
+)
 from lorax.adapters.config import LOST, SETTLED, LoRAConfig
 from lorax.adapters.config_keys import AdapterConfig
-from lorax.adapters.fit import check_fit
 from lorax.adapters.layer import AdapterLayer
-from lorax.adapters.modules_to_save import find_parameters, replace_parameters, replaced_parameters
-from lorax.adapters.targets import expand_targets, find_targets
-from lorax.adapters.trainable_tokens import find_rows, put_rows
-from lorax.adapters.variants import Variant, resolved, variant_of
+from lorax.adapters.targets import expand_targets, find_targets, missing_targets
 from lorax.errors import AdapterError
 from lorax.models.replace import replace_module
+
+if TYPE_CHECKING:
+    from lorax.adapters.beside import Beside
+    from lorax.adapters.variants import Variant
 
 
 def add_adapter(model: nn.Module, config: AdapterConfig, tokenizer: Any = None) -> None:
@@ -37,12 +44,13 @@ def add_adapter(model: nn.Module, config: AdapterConfig, tokenizer: Any = None) 
     require_none(model)
     variant = variant_of(config)
     if variant.add is not None:
-        resolved(variant.add)(model, config, tokenizer)
+        variant.resolved("add")(model, config, tokenizer)
         return
     config = around_modules(config)
     config.check_start()
     config = expand_targets(model, config)
-    check_fit(model, config)
+    for line in missing_targets(model, config):
+        raise AdapterError(line)
     for line in config.unmatched_patterns(find_targets(model, config)):
         raise AdapterError(line)
     insert_adapter(model, config)
@@ -58,20 +66,29 @@ def insert_adapter(model: nn.Module, config: AdapterConfig) -> None:
     """
     variant = variant_of(config)
     if variant.insert is not None:
-        resolved(variant.insert)(model, config)
+        variant.resolved("insert")(model, config)
         return
     config = expand_targets(model, around_modules(config))
     targets = find_targets(model, config)
-    rows = find_rows(model, config)
-    whole = find_parameters(model, config, {*targets, *rows})
+    beside = _beside(model, config, targets)
     layers = _started_layers(model, variant, targets, config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, layer in layers.items():
         replace_module(model, name, layer.train(model.training))
-    put_rows(model, rows)
-    replace_parameters(model, whole)
+    if beside is not None:
+        beside.put()
     attach_config(model, config)
+
+
+def _beside(model: nn.Module, config: LoRAConfig, targets: dict[str, nn.Module]) -> Beside | None:
+    """What is trained of the model itself: rows, whole modules, biases; mostly nothing."""
+    whole = config.modules_to_save or config.bias != "none" or config.ensure_weight_tying
+    if not whole and config.trainable_token_indices is None:
+        return None
+    from lorax.adapters.beside import Beside
+
+    return Beside(model, config, targets)
 
 
 def _started_layers(
@@ -98,11 +115,10 @@ def _started_layers(
 def _kind(variant: Variant, name: str, base: nn.Module) -> type[AdapterLayer]:
     """The variant's layer class for that module."""
     is_table = isinstance(base, nn.Embedding)
-    kind: type[AdapterLayer] | None = resolved(variant.embedding if is_table else variant.layer)
+    kind: type[AdapterLayer] | None = variant.resolved("embedding" if is_table else "layer")
     if kind is None:
-        raise AdapterError(
-            f"{name}: {variant.title} goes with Linears; this is a {type(base).__name__}"
-        )
+        found = f"{variant.title} goes with Linears; this is a {type(base).__name__}"
+        raise AdapterError(f"{name}: {found}; leave it out of target_modules")
     return kind
 
 

@@ -1,4 +1,4 @@
-"""What an adapter puts where a module stood: that module, frozen, and its own path beside it.
+"""AdapterLayer, the base class of the variants: a frozen module and a trainable branch beside it.
 
 Every variant of LoRA is one such layer and says five things: how it starts, what it computes, which
 tensors it trains, and which dense weight and bias it amounts to. Files, merging, switching off and
@@ -62,7 +62,7 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the base computes, changed by the adapter."""
+        """What the base computes, changed by the adapter; shapes are the base's."""
         if not self.enabled:
             return self.base_layer(x)
         if self.merged is not None:
@@ -70,7 +70,7 @@ class AdapterLayer(nn.Module):
         return self.adapted(x)
 
     def initialize(self, how: bool | str) -> None:
-        """Set the tensors as `LoRAConfig.init_lora_weights` says."""
+        """Set the tensors, in place, as `LoRAConfig.init_lora_weights` says."""
         raise NotImplementedError
 
     def adapted(self, x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class AdapterLayer(nn.Module):
         Raises:
             AdapterError: it is something else.
         """
-        raise AdapterError(f"is a {type(self).__name__}; expected LoRA on Linears")
+        raise AdapterError(f"is a {type(self).__name__}; expected LoRA on Linears; give one")
 
     def plain_tensors(self) -> dict[str, Tensor]:
         """`tensors` as those of a plain LoRA over the same base, where that computes the same."""

@@ -65,7 +65,7 @@ class LoRALinear(AdapterLayer):
         return cls(base, config.rank(name), config.scaling(name), config.lora_dropout, **more)
 
     def initialize(self, how: bool | str) -> None:
-        """Draw A and B from torch's global generator; see `fresh`."""
+        """Draw A (r, in) and B (out, r) from torch's global generator; see `fresh`."""
         fresh(self.lora_A, self.lora_B, how)
         if self.lora_B_bias is not None:
             bound = 1 / math.sqrt(self.r) if how is False else 0.0
@@ -77,7 +77,7 @@ class LoRALinear(AdapterLayer):
 
     @property
     def frozen(self) -> nn.Module:
-        """What the path stands beside: the base, or what a variant computes with instead."""
+        """The module to whose output the path is added: the base, or a variant's own."""
         return self.base_layer
 
     def frozen_weight(self) -> Tensor:
@@ -86,12 +86,13 @@ class LoRALinear(AdapterLayer):
 
     def adapted(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if self._is_fused(x):
-            return self._with_bias(self._fused(x, *self.factors()))
+        fused = self._fused(x)
+        if fused is not None:
+            return self._with_bias(fused)
         return self.path_onto(self.frozen(x), self.dropped(x))
 
     def dropped(self, x: Tensor) -> Tensor:
-        """What the path sees of x."""
+        """The path's input: x (..., in), with dropout while training."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def path_onto(self, y: Tensor, x: Tensor) -> Tensor:
@@ -113,21 +114,17 @@ class LoRALinear(AdapterLayer):
         """Whether dropout is at work."""
         return self.dropout > 0 and self.training
 
-    def _is_fused(self, x: Tensor) -> bool:
-        """Whether base and path are one operator: a frozen four-bit base on CUDA, no dropout."""
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """Base and path as one operator: over four bits on CUDA, without dropout; else None."""
         base = self.frozen
         if not isinstance(base, QuantizedLinear) or self.drops:
-            return False
-        return base.kernel_weight(x) is not None
-
-    def _fused(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            return None
+        weight = base.kernel_weight(x)
+        if weight is None:
+            return None
         from lorax.quant.ops import lora_linear_4bit
 
-        base = self.frozen
-        assert isinstance(base, QuantizedLinear)
-        weight = base.kernel_weight(x)
-        assert weight is not None
-        return lora_linear_4bit(x, A, B, self.scaling, base.bias, weight)
+        return lora_linear_4bit(x, *self.factors(), self.scaling, base.bias, weight)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """A and B, and B's bias."""

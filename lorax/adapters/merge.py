@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.attached import require_adapter
+from lorax.adapters.attached import replaced_parameters, require_adapter
 from lorax.adapters.layer import AdapterLayer
-from lorax.adapters.modules_to_save import forget, put_back, replaced_parameters
+from lorax.adapters.modules_to_save import forget, put_back
 from lorax.adapters.tables import is_language_model
 from lorax.adapters.trainable_tokens import rows_of, tie_merged
 from lorax.errors import AdapterError

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lorax.adapters.attached import replaced_parameters
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.tables import HEAD, embedding_path, is_tied
 from lorax.errors import AdapterError
@@ -57,11 +58,6 @@ class Replacement:
         for place in self.places:
             module, _, name = place.rpartition(".")
             setattr(model.get_submodule(module), name, parameter)
-
-
-def replaced_parameters(model: nn.Module) -> list[Replacement]:
-    """The model's replaced parameters, in its own order; none without an adapter that has any."""
-    return getattr(model, "_replaced_parameters", [])
 
 
 def replace_parameters(model: nn.Module, groups: list[list[str]]) -> None:
@@ -126,7 +122,11 @@ def find_parameters(
     taken = {place for places in groups for place in places}
     if config.bias != "none":
         if config.init_lora_weights == "loftq":
-            raise AdapterError("bias: LoftQ computes with a copy of the base; 'none' goes with it")
+            raise AdapterError(
+                f"bias is {config.bias!r}: LoftQ computes with a copy of the base; 'none' goes "
+                "with "
+                "it; leave bias out"
+            )
         groups += [[place] for place in _biases(model, config, adapted) if place not in taken]
     return groups
 
@@ -147,7 +147,9 @@ def _saved_modules(
                 "base without quantization, or adapt it by target_modules"
             )
         if next(module.parameters(), None) is None:
-            raise AdapterError(f"modules_to_save: {name} has no parameters")
+            raise AdapterError(
+                f"modules_to_save: {name} has no parameters; name a module that has some"
+            )
         for other in (*adapted, *saved):
             if (other == name and other in adapted) or other.startswith(name + "."):
                 raise AdapterError(
@@ -168,7 +170,8 @@ def _tied(
     pair = [f"{embedding}.weight", f"{HEAD}.weight"]
     if {embedding, HEAD} & set(adapted):
         raise AdapterError(
-            "ensure_weight_tying: one LoRA for embedding and head together is not covered"
+            "ensure_weight_tying: one LoRA for embedding and head together is not covered; name "
+            "them in modules_to_save, or leave ensure_weight_tying out"
         )
     if not any(name.split(".")[-1] in EMBEDDING_NAMES for name in config.modules_to_save or []):
         return groups

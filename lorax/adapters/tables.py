@@ -32,18 +32,6 @@ def is_tied(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
-def head_path(model: nn.Module) -> str | None:
-    """The output layer's path; None where the model has none that it names.
-
-    transformers' models are asked, too: PEFT's "all-linear" leaves their heads out.
-    """
-    if is_language_model(model):
-        return HEAD
-    ask: Any = getattr(model, "get_output_embeddings", None)
-    head = ask() if callable(ask) else None
-    return next((name for name, module in model.named_modules() if module is head), None)
-
-
 def embedding_weight(model: Model) -> Tensor:
     """The embedding's own weight (vocab, dim), adapted or not: its dtype is the base's."""
     module = model.get_submodule(model.embedding_name.removesuffix(".weight"))

@@ -157,12 +157,16 @@ def _check_table(name: str, module: nn.Module, indices: list[int]) -> None:
     if not table:
         raise AdapterError(
             f"trainable_token_indices: {name} is a {type(module).__name__}; expected an Embedding "
-            "or a Linear without bias"
+            "or a Linear without bias; name one of those"
         )
     assert isinstance(module.weight, Tensor)
     size = len(module.weight)
     if not indices or len(set(indices)) < len(indices):
-        raise AdapterError(f"trainable_token_indices: {name}: expected some rows, each once")
+        found = f"found {indices!r:.80}"
+        raise AdapterError(
+            f"trainable_token_indices: {name}: expected some rows, each once; {found}; mend the "
+            "list"
+        )
     if min(indices) < 0 or max(indices) >= size:
         raise AdapterError(
             f"trainable_token_indices: {name}: rows {min(indices)} to {max(indices)}; it has "
@@ -179,5 +183,6 @@ def _check_free(name: str, follows: bool, config: LoRAConfig) -> None:
         )
     if any(name.endswith(saved) for saved in config.modules_to_save or []):
         raise AdapterError(
-            f"trainable_token_indices: {name} is among modules_to_save too, and {why}"
+            f"trainable_token_indices: {name} is among modules_to_save too, and {why}; leave it "
+            "out of one of the two"
         )

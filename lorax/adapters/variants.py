@@ -92,6 +92,10 @@ class Variant:
         """What a file says it is."""
         return getattr(self.config, "peft_type", None)
 
+    def resolved(self, name: str) -> Any:
+        """What this field gives, imported where it is an import path."""
+        return resolved(getattr(self, name))
+
     @property
     def is_around_modules(self) -> bool:
         """Whether it wraps modules that the config's target_modules pick."""
@@ -117,7 +121,9 @@ def register_variant(variant: Variant) -> None:
     if variant.config is None and not variant.trains_base:
         raise AdapterError(f"variant {variant.name!r} has no config; give a dataclass")
     if variant.config is not None and variant.layer is None and variant.insert is None:
-        raise AdapterError(f"variant {variant.name!r} has neither a layer nor an insert function")
+        raise AdapterError(
+            f"variant {variant.name!r} has neither a layer nor an insert function; give one of them"
+        )
     if variant.layer is not None and not hasattr(variant.config, "selects"):
         raise AdapterError(
             f"variant {variant.name!r} wraps modules, and its config does not say which; derive it "
@@ -126,7 +132,8 @@ def register_variant(variant: Variant) -> None:
     for other in _table.values() if variant.chosen is None else ():
         if other.chosen is None and variant.peft_type and other.peft_type == variant.peft_type:
             raise AdapterError(
-                f"variant {variant.name!r}: peft_type {variant.peft_type!r} is {other.name}'s"
+                f"variant {variant.name!r}: peft_type {variant.peft_type!r} is {other.name}'s; "
+                "give its config a peft_type of its own"
             )
     _table[variant.name] = variant
 

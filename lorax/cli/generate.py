@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from lorax.cli.options import AS_IT_IS, Opening
 from lorax.cli.terminal import out
-from lorax.errors import visible
+from lorax.text import visible
 
 
 def generate(

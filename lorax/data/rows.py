@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorax.errors import DataError, EnvironmentProblem, require
-from lorax.files import as_text, read_bounded, why_unreadable
+from lorax.errors import DataError, EnvironmentProblem
+from lorax.files import as_text, read_bounded, require, why_unreadable
 
 Row = tuple[dict[str, Any], str]  # the row, and "file:line"
 

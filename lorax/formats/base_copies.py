@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.attached import adapter_layers
+from lorax.adapters.attached import adapter_layers, replaced_parameters
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.layer import AdapterLayer
-from lorax.adapters.modules_to_save import replaced_parameters
 from lorax.adapters.variants import resolved, variant_of
 from lorax.errors import AdapterError
 from lorax.formats.peft_directory import PREFIX

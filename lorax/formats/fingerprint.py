@@ -43,7 +43,8 @@ import torch
 from torch import Tensor, nn
 
 from lorax.adapters.attached import adapter_layers
-from lorax.adapters.config_keys import DESCRIPTIVE, AdapterConfig, default_of
+from lorax.adapters.config_files import DESCRIPTIVE, default_of
+from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.tables import is_language_model
 from lorax.errors import AdapterError, EnvironmentProblem, FormatError, LoraxError
 from lorax.formats.bitsandbytes import QuantizedFiles

@@ -23,10 +23,11 @@ from lorax.errors import FormatError, UnsupportedModel
 from lorax.files import why_unreadable
 from lorax.formats.gguf_tokenizer import build_tokenizer
 from lorax.formats.model_config import read_config
+from lorax.models.config import GGUFLayout
 from lorax.models.families import FAMILIES, Family
 from lorax.models.llama_config import LlamaConfig
-from lorax.models.model import GGUFLayout
-from lorax.models.rope import Llama3Scaling, inverse_frequencies
+from lorax.models.rope import inverse_frequencies
+from lorax.models.stretching import Llama3Scaling
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",

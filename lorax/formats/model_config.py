@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from lorax.errors import UnsupportedModel
+from lorax.models.config import ModelConfig
 from lorax.models.families import find_family
-from lorax.models.model import Model, ModelConfig
+from lorax.models.model import Model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

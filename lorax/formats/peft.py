@@ -21,17 +21,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorax.adapters.attached import adapter_layers, require_adapter, require_none, stated_config
+from lorax.adapters.attached import (
+    adapter_layers,
+    replaced_parameters,
+    require_adapter,
+    require_none,
+)
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.convert import plain_form, start_is_lost
-from lorax.adapters.fit import missing_targets
 from lorax.adapters.inject import insert_adapter
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import unload_adapter
-from lorax.adapters.modules_to_save import put_table, replaced_parameters
+from lorax.adapters.modules_to_save import put_table
+from lorax.adapters.stated import stated_config
 from lorax.adapters.tables import is_language_model
-from lorax.adapters.targets import find_targets
+from lorax.adapters.targets import find_targets, missing_targets
 from lorax.adapters.trainable_tokens import rows_of
 from lorax.adapters.variants import variant_of
 from lorax.errors import AdapterError, FormatError, LoraxError
@@ -309,4 +314,4 @@ def _fan_in_fan_out(model: nn.Module, config: LoRAConfig) -> bool:
     ]
     if not linears:
         return config.fan_in_fan_out
-    return isinstance(model, Model) and model.has_transposed and linears[-1] != "lm_head"
+    return isinstance(model, Model) and model.transposed is not None and linears[-1] != "lm_head"

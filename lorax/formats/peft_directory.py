@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.config_keys import AdapterConfig, default_of
+from lorax.adapters.config_files import default_of
+from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.variants import needed_of_file
-from lorax.errors import AdapterError, FormatError, require
+from lorax.errors import AdapterError, FormatError
+from lorax.files import require
 from lorax.formats import fingerprint
 from lorax.formats.adapter_card import CARD, card, may_write
 from lorax.formats.directory import written_directory

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from lorax.formats.model_config import read_config
+from lorax.models.config import ModelConfig
 from lorax.models.families import find_family
-from lorax.models.model import Model, ModelConfig
+from lorax.models.model import Model
 from lorax.models.rope_config import ROPE_KEYS
 
 # The path it was loaded from once, code beside the old files, and how their weights are quantized.

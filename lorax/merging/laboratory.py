@@ -36,7 +36,8 @@ from lorax.adapters.variants import of_file
 from lorax.data.docstrings import HELD_OUT_MODULES, QUESTION, pairs
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
-from lorax.errors import AdapterError, UsageError, require
+from lorax.errors import AdapterError, UsageError
+from lorax.files import require
 from lorax.formats import bitsandbytes
 from lorax.formats.directory import check_free
 from lorax.formats.huggingface import ModelFiles, open_model_files

@@ -70,7 +70,9 @@ def causal_attention(
         if window is not None:
             mask = mask.triu(S - T - window + 1)
     if cap is not None:
-        return _capped_attention(query, key, value, mask, scale or query.shape[3] ** -0.5, cap)
+        from lorax.models.capped_attention import capped_attention
+
+        return capped_attention(query, key, value, mask, scale or query.shape[3] ** -0.5, cap)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -80,21 +82,6 @@ def causal_attention(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-
-
-def _capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float
-) -> Tensor:
-    """The same written out, for torch's operator has no place between scores and softmax.
-
-    mask (T, S): where a query sees; None is everywhere. The scores (B, H, T, S) are kept.
-    """
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))  # (B, H, S, D)
-    scores = soft_cap(query @ key.transpose(2, 3) * scale, cap)  # (B, H, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

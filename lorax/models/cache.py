@@ -1,11 +1,16 @@
 """The cache of keys and values, with which generation goes through each token once."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lorax.models.attention import Context
+
+if TYPE_CHECKING:
+    from lorax.models.model import Model
 
 
 class KVCache(Context):
@@ -25,6 +30,16 @@ class KVCache(Context):
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
+
+    @classmethod
+    def of(cls, model: Model, batch: int, max_length: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `max_length` tokens, and the model's prefix."""
+        sizes = model.config.sizes
+        norm = model.body.get_submodule(model.norm_name).weight
+        assert isinstance(norm, Tensor)
+        places = model.body.prefix_length + max_length
+        shape = (sizes.layers, batch, sizes.kv_heads, places, sizes.head_dim)
+        return cls(*shape, norm.dtype, norm.device)
 
     def open(self, prefix: Any, x: Tensor) -> tuple[Tensor, Context]:
         return (x if self.length else prefix(x)), self

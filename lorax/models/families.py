@@ -1,7 +1,7 @@
 """The families of models, by the `model_type` of their config.json; torch is not needed to ask.
 
 A family is one entry: its name, transformers' class for it, and where its two classes are. What
-they must offer is in lorax/models/model.py. A researcher's own comes in from their own file:
+they must offer is in config.py and model.py. A researcher's own comes in from their own file:
 
     lorax.register_model("olmo2", "Olmo2ForCausalLM", config=Olmo2Config, model=Olmo2)
 """
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from lorax.errors import UnsupportedModel, UsageError
 
 if TYPE_CHECKING:
-    from lorax.models.model import Model, ModelConfig
+    from lorax.models.config import ModelConfig
+    from lorax.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def register_model(
     Args:
         model_type: of its config.json.
         architecture: transformers' class for it, "Olmo2ForCausalLM".
-        config: a `lorax.models.model.ModelConfig`, or "package.module:Class".
+        config: a `lorax.models.config.ModelConfig`, or "package.module:Class".
         model: a `lorax.models.model.Model`, made of such a config.
 
     Raises:
@@ -111,7 +112,10 @@ def register_model(
             once more, changes nothing else.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", model_type):
-        raise UsageError(f"model_type {model_type!r}: expected letters, digits, '_', '-' and '.'")
+        raise UsageError(
+            f"model_type {model_type!r}: expected letters, digits, '_', '-' and '.'; take "
+            "another name"
+        )
     family = Family(model_type, architecture, config, model)
     there = FAMILIES.get(model_type)
     if there is not None and _names(there) != _names(family):

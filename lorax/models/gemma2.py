@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorax.errors import UnsupportedModel
 from lorax.models.attention import Context
+from lorax.models.config import GGUFLayout
 from lorax.models.config_values import flag, number, size
 from lorax.models.llama import Llama, LlamaAttention, LlamaMLP, LlamaModel, Rope
 from lorax.models.llama_config import (
@@ -33,7 +34,7 @@ from lorax.models.llama_config import (
     read_sizes,
     read_window,
 )
-from lorax.models.model import GGUFLayout, Layer
+from lorax.models.model import Layer
 from lorax.models.rope_config import read_rope
 
 GEMMA: dict[str, Any] = {

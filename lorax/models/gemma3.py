@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from lorax.errors import FormatError, UnsupportedModel
+from lorax.models.config import GGUFLayout
 from lorax.models.config_values import number, size
 from lorax.models.gemma2 import (
     GEMMA,
@@ -31,7 +32,6 @@ from lorax.models.gemma2 import (
 )
 from lorax.models.llama import LlamaAttention, LlamaModel, Rope
 from lorax.models.llama_config import FULL, SLIDING, LlamaConfig, head_dim, read_layer_types
-from lorax.models.model import GGUFLayout
 from lorax.models.rope import rotations
 from lorax.models.rope_config import read_rope
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from lorax.errors import FormatError, UnsupportedModel
 from lorax.models.activations import ACTIVATIONS, read_activation
 from lorax.models.attention import Context, merge_heads, split_heads
+from lorax.models.config import ModelConfig, Sizes
 from lorax.models.config_values import flag, number, size
-from lorax.models.model import Body, Model, ModelConfig, Sizes
+from lorax.models.model import Body, Model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,15 +18,17 @@ Other families take the parts and put them together in another way (gemma2.py, p
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lorax.models.activations import ACTIVATIONS
 from lorax.models.attention import Context, merge_heads, split_heads
-from lorax.models.llama_config import LlamaConfig as LlamaConfig
 from lorax.models.model import Body, Layer, Model
 from lorax.models.rope import rotate, rotations
+
+if TYPE_CHECKING:
+    from lorax.models.llama_config import LlamaConfig
 
 Rope = tuple[Tensor, Tensor]  # cosine and sine, each (T, D)
 Norm = Callable[[int, float], nn.Module]
@@ -49,7 +51,7 @@ class Llama(Model):
 
 
 class LlamaModel(Body):
-    """Embedding, layers and final norm.
+    """Embedding, layers and final norm: input_ids (B, T) int64 -> (B, T, C).
 
     layer: makes the layer of an index; norm: makes the final norm of a width and epsilon.
     """
@@ -58,10 +60,8 @@ class LlamaModel(Body):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        new_layer = layer or llama_layer
-        self.layers = nn.ModuleList(
-            new_layer(config, index) for index in range(config.num_hidden_layers)
-        )
+        make = layer or llama_layer
+        self.layers = nn.ModuleList(make(config, i) for i in range(config.num_hidden_layers))
         self.norm = (norm or RMSNorm)(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, context: Context) -> Tensor:
@@ -82,7 +82,7 @@ def llama_layer(config: LlamaConfig, index: int) -> nn.Module:
 
 
 class LlamaLayer(nn.Module):
-    """Attention and MLP, each behind its norm and added to the stream."""
+    """Attention and MLP, each behind its norm and added to the stream: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: LlamaConfig, attention: nn.Module, mlp: nn.Module):
         super().__init__()
@@ -97,7 +97,7 @@ class LlamaLayer(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    """H query heads over K key / value heads of width D.
+    """H query heads over K key / value heads of width D: (B, T, C) -> (B, T, C).
 
     norm: makes the norm over a head of q and k, where the config has one.
     scale: of the scores; None is 1 / sqrt(D). cap: of the scores, see `causal_attention`.
@@ -147,12 +147,12 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    """SwiGLU, or the same with another activation."""
+    """SwiGLU, or the same with another activation: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation = config.activation
         self.gate_proj = nn.Linear(C, inner, bias=bias)
         self.up_proj = nn.Linear(C, inner, bias=bias)
         self.down_proj = nn.Linear(inner, C, bias=bias)
@@ -162,7 +162,7 @@ class LlamaMLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; the root mean square in float32, rounded before the weight."""
+    """x / rms(x) * weight, (..., C); rms in float32, rounded to x's dtype before the weight."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()

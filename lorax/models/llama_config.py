@@ -7,16 +7,25 @@ which of config.json's keys it reads, what a missing one means, and which differ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from torch import Tensor
+
 from lorax.errors import FormatError, UsageError
-from lorax.models.activations import read_activation
+from lorax.models.activations import ACTIVATIONS, read_activation
+from lorax.models.config import GGUFLayout, ModelConfig, Sizes
 from lorax.models.config_values import flag, number, size
-from lorax.models.model import GGUFLayout, ModelConfig, Sizes
-from lorax.models.rope import DynamicScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 from lorax.models.rope_config import read_rope, write_rope
+from lorax.models.stretching import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Stretching,
+    YarnScaling,
+)
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -99,6 +108,18 @@ class LlamaConfig(ModelConfig):
         if self.dynamic_scaling is None:
             return self.max_position_embeddings
         return int(self.max_position_embeddings * self.dynamic_scaling.factor)
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """The function between the Linears of an MLP."""
+        return ACTIVATIONS[self.hidden_act]
+
+    @property
+    def stretching(self) -> Stretching | None:
+        """How the rotations are slowed down; None: they are not."""
+        ways = (self.llama3_scaling, self.yarn_scaling, self.dynamic_scaling, self.longrope_scaling)
+        linear = LinearScaling(self.rope_factor) if self.rope_factor != 1.0 else None
+        return next((way for way in ways if way is not None), linear)
 
     @property
     def rotary_dim(self) -> int:
@@ -217,7 +238,9 @@ def read_sizes(values: dict[str, Any], where: str) -> dict[str, Any]:
     width = head_dim(values, where)
     if heads % kv_heads or width % 2 or heads * width > 2**27:
         raise FormatError(
-            f"{where}: {heads} heads over {kv_heads} key heads of width {width} do not fit"
+            f"{where}: {heads} heads over {kv_heads} key heads of width {width} do not fit; "
+            "expected "
+            "a multiple of the key heads and an even width; mend the config, or get it anew"
         )
     return {
         "vocab_size": size(values, "vocab_size", where),
@@ -274,7 +297,8 @@ def read_qwen(values: dict[str, Any], where: str) -> dict[str, Any]:
         first = values["max_window_layers"]
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise FormatError(
-                f"{where}: max_window_layers must be a whole number from 0, found {first!r}"
+                f"{where}: max_window_layers must be a whole number from 0, found {first!r}; "
+                "mend it"
             )
         layers = range(fields["num_hidden_layers"])
         types = tuple(SLIDING if layer >= first else FULL for layer in layers)

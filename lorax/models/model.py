@@ -2,105 +2,40 @@
 
     input_ids (B, T) -> body: embedding, layers, final norm -> (B, T, C) -> lm_head -> (B, T, V)
 
-A family of models is two classes: a `ModelConfig`, which reads and writes config.json, and a
-`Model`, which computes. Loading, saving, adapters, quantization and generation ask these two and
-know no architecture by name; `lorax/models/families.py` is the table of those that there are.
+A family of models is two classes: a `ModelConfig` (config.py), which reads and writes config.json,
+and a `Model`, which computes. Loading, saving, adapters, quantization and generation ask these two
+and know no architecture by name; `lorax/models/families.py` is the table of those that there are.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorax.models.attention import Context, soft_cap
-from lorax.models.origin import Origin
-from lorax.models.prefix import Prefix
+
+if TYPE_CHECKING:
+    from lorax.models.config import ModelConfig
+    from lorax.models.origin import Origin
 
 
-@dataclass(frozen=True)
-class GGUFLayout:
-    """How llama.cpp's files hold a family.
+class Prefix(nn.Module):
+    """Nothing in front of the tokens: x (B, T, C) -> (B, length + T, C) with length 0.
 
-    architecture: `general.architecture`.
-    names: a layer's tensor names there -> here, where they differ from a Llama's; None: no more.
-    keys: of metadata, below the architecture -> of config.json, beside those of a Llama.
-    permutes: whether the rows of q and k are reordered for ggml's rotation of neighbours.
-    norm_offset: what was added to the norms' weights.
-    derived: config.json's values so far -> those that the file leaves to its readers' code.
+    A tuned prompt takes its place. Positions, masks and caches count its `length`; the hidden
+    states behind the last norm are cut to the tokens that were given.
     """
 
-    architecture: str
-    names: Mapping[str, str | None] = field(default_factory=dict)
-    keys: Mapping[str, str] = field(default_factory=dict)
-    permutes: bool = False
-    norm_offset: float = 0.0
-    derived: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    length = 0
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The sizes and options of a model, under Hugging Face's names.
-
-    model_type: config.json's word for the family.
-    defaults: every key that the family reads -> what a missing one means (transformers' defaults).
-    aliases: another name of a key -> the key; where both stand, the other name counts.
-    bias_words: a part of a layer ("self_attn") -> the key that gives all its Linears a bias.
-    gguf: how llama.cpp's files hold it; None: they are not read.
-    """
-
-    model_type: ClassVar[str]
-    defaults: ClassVar[Mapping[str, Any]] = {}
-    aliases: ClassVar[Mapping[str, str]] = {}
-    bias_words: ClassVar[Mapping[str, str]] = {}
-    gguf: ClassVar[GGUFLayout | None] = None
-
-    vocab_size: int
-    tie_word_embeddings: bool = False
-
-    @classmethod
-    def read(cls, values: dict[str, Any], where: str) -> Self:
-        """Translate config.json's content, its missing keys filled in with `defaults`.
-
-        Raises:
-            UnsupportedModel: an option is not covered. FormatError: a value is impossible.
-        """
-        raise NotImplementedError
-
-    def write(self) -> dict[str, Any]:
-        """The values under config.json's keys."""
-        return {key: getattr(self, key) for key in self.defaults if hasattr(self, key)}
-
-    def as_written(self) -> ModelConfig:
-        """The config to write: another family's, where this one has no words for what changed."""
-        return self
-
-    @property
-    def sizes(self) -> Sizes:
-        """Layers, heads and widths."""
-        raise NotImplementedError
-
-    @property
-    def positions(self) -> int:
-        """How many tokens the positions cover."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What caches and adapters ask about a model's shape."""
-
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 class Body(nn.Module):
@@ -219,17 +154,7 @@ class Model(nn.Module):
         """An empty cache for `batch` rows of up to `max_length` tokens."""
         from lorax.models.cache import KVCache
 
-        sizes = self.config.sizes
-        norm = self.body.get_submodule(self.norm_name).weight
-        assert isinstance(norm, Tensor)
-        places = self.body.prefix_length + max_length
-        shape = (sizes.layers, batch, sizes.kv_heads, places, sizes.head_dim)
-        return KVCache(*shape, norm.dtype, norm.device)
-
-    @property
-    def has_transposed(self) -> bool:
-        """Whether files hold weights of this model as (in, out); PEFT's word for its layers."""
-        return self.transposed is not None
+        return KVCache.of(self, batch, max_length)
 
     def as_stored(self, name: str, weight: Tensor) -> Tensor:
         """A plain weight in the files' orientation; one from a file, in the model's."""

@@ -13,11 +13,10 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from lorax.models.activations import ACTIVATIONS
+from lorax.models.config import GGUFLayout
 from lorax.models.config_values import size
 from lorax.models.llama import Llama, LlamaAttention, LlamaLayer, LlamaModel
 from lorax.models.llama_config import LlamaConfig, head_dim, read_sizes, read_window
-from lorax.models.model import GGUFLayout
 from lorax.models.rope_config import read_longrope
 
 
@@ -104,7 +103,7 @@ class Phi3MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation = config.activation
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 

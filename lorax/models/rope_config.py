@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorax.errors import FormatError, UnsupportedModel
 from lorax.models.config_values import flag, number, size
-from lorax.models.rope import DynamicScaling, Llama3Scaling, LongRopeScaling, YarnScaling
+from lorax.models.stretching import DynamicScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 
 if TYPE_CHECKING:
     from lorax.models.llama_config import LlamaConfig
@@ -36,7 +36,9 @@ def read_rope(values: dict[str, Any], head_dim: int, where: str) -> dict[str, An
     kind = _kind(rope, ROPE_TYPES, where)
     part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if kind != "default" and part not in (None, 1.0):  # "default" does not look at it
-        raise UnsupportedModel(f"{where}: partial_rotary_factor {part!r} is not covered; 1.0 is")
+        raise UnsupportedModel(
+            f"{where}: partial_rotary_factor {part!r} is not covered; 1.0 is; take another model"
+        )
     holder = rope if "rope_theta" in rope else {"rope_theta": 10000.0, **values}
     theta = number(holder, "rope_theta", where)
     result: dict[str, Any] = {"rope_theta": theta}
@@ -45,7 +47,11 @@ def read_rope(values: dict[str, Any], head_dim: int, where: str) -> dict[str, An
         result["rope_factor"] = number(rope, "factor", where)
     elif kind == "dynamic":
         if head_dim < 4:
-            raise FormatError(f"{where}: rope_type dynamic needs heads wider than {head_dim}")
+            raise FormatError(
+                f"{where}: rope_type dynamic needs heads wider than {head_dim}; expected 4 or "
+                "more; "
+                "mend head_dim or rope_type"
+            )
         result["dynamic_scaling"] = DynamicScaling(number(rope, "factor", where), trained)
     elif kind != "default":
         holder = values if "original_max_position_embeddings" in values else rope
@@ -78,7 +84,10 @@ def read_longrope(values: dict[str, Any], head_dim: int, where: str) -> dict[str
     }
     turns = int(head_dim * part)
     if part > 1 or turns < 2 or turns % 2:
-        raise FormatError(f"{where}: partial_rotary_factor {part} of heads of width {head_dim}")
+        raise FormatError(
+            f"{where}: partial_rotary_factor {part} of heads of width {head_dim}; expected a share "
+            "that gives an even width of at least 2; mend it"
+        )
     if kind == "default":
         return result
     trained = size(values, "max_position_embeddings", where)
@@ -98,7 +107,8 @@ def _kind(rope: dict[str, Any], covered: tuple[str, ...], where: str) -> str:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in covered:
         raise UnsupportedModel(
-            f"{where}: rope_type {kind!r} is not covered; {', '.join(covered)} are"
+            f"{where}: rope_type {kind!r} is not covered; {', '.join(covered)} are; mend it, or "
+            "take another model"
         )
     return str(kind)
 
@@ -106,7 +116,9 @@ def _kind(rope: dict[str, Any], covered: tuple[str, ...], where: str) -> str:
 def _factors(rope: dict[str, Any], key: str, count: int, where: str) -> tuple[float, ...]:
     found = rope.get(key)
     if not isinstance(found, list) or len(found) != count:
-        raise FormatError(f"{where}: {key} must be a list of {count} numbers, found {found!r:.60}")
+        raise FormatError(
+            f"{where}: {key} must be a list of {count} numbers, found {found!r:.60}; mend it"
+        )
     return tuple(number({key: value}, key, where) for value in found)
 
 
@@ -135,7 +147,9 @@ def write_rope(config: LlamaConfig) -> dict[str, Any]:
 def _llama3(rope: dict[str, Any], original: int, where: str) -> Llama3Scaling:
     low, high = (number(rope, f"{end}_freq_factor", where) for end in ("low", "high"))
     if high <= low:
-        raise FormatError(f"{where}: high_freq_factor {high} must be above low_freq_factor {low}")
+        raise FormatError(
+            f"{where}: high_freq_factor {high} must be above low_freq_factor {low}; mend them"
+        )
     return Llama3Scaling(number(rope, "factor", where), low, high, original)
 
 
@@ -143,7 +157,10 @@ def _yarn(
     rope: dict[str, Any], theta: float, trained: int, original: int, where: str
 ) -> YarnScaling:
     if "factor" not in rope or theta <= 1:
-        raise FormatError(f"{where}: rope_type yarn needs a factor, and a rope_theta above 1")
+        found = f"found factor {rope.get('factor')!r} and rope_theta {theta}"
+        raise FormatError(
+            f"{where}: rope_type yarn needs a factor, and a rope_theta above 1; {found}; mend them"
+        )
     factor = number(rope, "factor", where, null=trained / original)
     size_of_waves = _mscale(factor)
     if rope.get("mscale") and rope.get("mscale_all_dim"):

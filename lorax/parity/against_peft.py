@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorax.adapters.attached import adapter_config, adapter_layers
+from lorax.adapters.attached import adapter_layers
+from lorax.adapters.stated import adapter_config
 from lorax.adapters.variants import of_file
 from lorax.errors import (
     AdapterError,

@@ -18,9 +18,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorax.adapters.attached import adapter_config
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.matching import matches_end
+from lorax.adapters.stated import adapter_config
 from lorax.adapters.tables import embedding_path
 from lorax.parity import causes
 from lorax.parity.difference import (

@@ -11,7 +11,8 @@ from torch import Tensor
 from lorax.data.docstrings import HELD_OUT_MODULES, pairs
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
-from lorax.errors import DataError, UsageError, require
+from lorax.errors import DataError, UsageError
+from lorax.files import require
 from lorax.models import Model
 
 ROW_TOKENS = 64

@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax.adapters.attached import adapter_layers
+from lorax.adapters.attached import adapter_layers, replaced_parameters
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import merged_layer
-from lorax.adapters.modules_to_save import replaced_parameters
 from lorax.formats.peft import adapter_tensors
 from lorax.formats.peft_directory import PREFIX
 from lorax.models import Model

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from lorax.data.examples import Example
-from lorax.errors import AdapterError, FormatError, UsageError, require
+from lorax.errors import AdapterError, FormatError, UsageError
+from lorax.files import require
 from lorax.formats.huggingface import as_dtype, load_tokenizer, open_model_files
 from lorax.formats.peft import save_adapter
 from lorax.formats.run_record import RECORD

@@ -27,18 +27,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lorax.backend import kernels_for, uses_triton
-from lorax.kernels.weight import PackedWeight
 from lorax.quant import codebooks
 from lorax.quant.blockwise import CHUNK_ELEMENTS, number_of_blocks, quantize_blockwise
 from lorax.quant.double import NestedScales, dequantize_scales, quantize_scales
 from lorax.quant.dynamic_map import dynamic_map
 from lorax.quant.scratch import output_of
 from lorax.quant.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from lorax.kernels.weight import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,13 @@ class FourBitTensor(QuantizedTensor):
 
     def operands(self) -> PackedWeight:
         """The tensors as operators and kernels take them."""
+        from lorax.kernels.weight import PackedWeight
+
         code = codebooks.four_bit(self.quant_type, self.device)  # (16,)
-        weight = PackedWeight(self.packed, self.absmax, code, tuple(self.shape), self.block_size)
+        plain = (self.packed, self.absmax, code, tuple(self.shape), self.block_size)
         if (second := self.nested) is None:
-            return weight
-        return PackedWeight(
-            *weight[:5], second.absmax, dynamic_map(True, code.device), second.offset
-        )
+            return PackedWeight(*plain)
+        return PackedWeight(*plain, second.absmax, dynamic_map(True, code.device), second.offset)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors under their checkpoint names (state_dict.py)."""
@@ -143,8 +146,7 @@ def _quantize_packed(flat: Tensor, quant_type: str, block_size: int) -> tuple[Te
     n = flat.numel()
     code = codebooks.four_bit(quant_type, flat.device)  # (16,)
     if uses_triton(flat):
-        packed, absmax = kernels_for(flat, "quantize").quantize_4bit(flat, code, block_size)
-        return packed, absmax
+        return kernels_for(flat, "quantize").quantize_4bit(flat, code, block_size)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(number_of_blocks(n, block_size), dtype=torch.float32, device=flat.device)
     for start in range(0, n, CHUNK_ELEMENTS):  # so that unpacked codes never exist in full

@@ -9,15 +9,17 @@ scratch buffer (scratch.py). On CUDA a four-bit product is one operator of Trito
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorax.backend import uses_triton
-from lorax.kernels.weight import PackedWeight
 from lorax.quant.scratch import dequantize_into_scratch
 from lorax.quant.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from lorax.kernels.weight import PackedWeight
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -30,8 +32,7 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None]:
         (dy,) = gradients  # (..., out)
         dx = dy @ dequantize_into_scratch(ctx.weight, dy.dtype)  # (..., in)
-        wants_bias = ctx.needs_input_grad[2]
-        return dx, None, dy.flatten(0, -2).sum(0) if wants_bias else None
+        return dx, None, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
 
 
 class QuantizedLinear(nn.Module):
@@ -46,8 +47,7 @@ class QuantizedLinear(nn.Module):
         self.quantized = weight
         self.dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
-        frozen = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.bias: nn.Parameter | None = frozen
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -86,13 +86,9 @@ class QuantizedLinear(nn.Module):
         destination.update({prefix + k: v for k, v in self.quantized.state_dict().items()})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
-        names = (prefix + "weight", prefix + "SCB")
-        tensors = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(names)}
-        quantized = QuantizedTensor.from_bitsandbytes(tensors, self.quantized.dtype)
-        self.quantized = quantized.to(self.quantized.device)
-        bias = state_dict.get(prefix + "bias")
-        if self.bias is not None and bias is not None:
-            self.bias.data.copy_(bias)
+        from lorax.quant.state_dict import load_linear
+
+        load_linear(self, state_dict, prefix)
 
     def extra_repr(self) -> str:
         """Sizes and format, for `print(model)`."""

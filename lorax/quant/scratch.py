@@ -8,37 +8,18 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lorax.errors import QuantizationError
 
-
-class Decodable(Protocol):
-    """What the buffers need to know of a quantized weight (tensor.py)."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """The weight's shape."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it decodes to by itself."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors."""
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Codes and scales."""
-
-    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-        """Decode into `out`."""
+if TYPE_CHECKING:
+    from lorax.quant.tensor import QuantizedTensor
 
 
-def output_of(q: Decodable, dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
+def output_of(q: QuantizedTensor, dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
     """The buffer that q's `dequantize` writes: `out`, checked, or a new tensor of q's shape.
 
     Raises:
@@ -50,7 +31,7 @@ def output_of(q: Decodable, dtype: torch.dtype | None, out: Tensor | None) -> Te
         raise QuantizationError(
             f"dequantize: out is {tuple(out.shape)} on {out.device}"
             f"{'' if out.is_contiguous() else ', not contiguous'}; "
-            f"expected a contiguous {tuple(q.shape)} on {q.device}"
+            f"expected a contiguous {tuple(q.shape)} on {q.device}; make it by torch.empty"
         )
     return out
 
@@ -58,7 +39,7 @@ def output_of(q: Decodable, dtype: torch.dtype | None, out: Tensor | None) -> Te
 _scratch = threading.local()
 
 
-def dequantize_into_scratch(weight: Decodable, dtype: torch.dtype) -> Tensor:
+def dequantize_into_scratch(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Decode a weight to `dtype` in this thread's scratch buffer; return a view of its shape.
 
     The view is valid until the next call; do not keep it or write to it. A weight that the buffer
@@ -84,7 +65,7 @@ def dequantize_into_scratch(weight: Decodable, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _versions(weight: Decodable) -> list[int] | None:
+def _versions(weight: QuantizedTensor) -> list[int] | None:
     """torch's write counters of the weight's tensors; inference tensors have none: None."""
     tensors = weight.tensors()
     if any(tensor.is_inference() for tensor in tensors):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from lorax.quant.double import NestedScales
 from lorax.quant.dynamic_map import dynamic_map
 from lorax.quant.four_bit import FourBitTensor
 from lorax.quant.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from lorax.quant.linear import QuantizedLinear
 
 _STATE = "weight.quant_state."
 _OURS = "lorax__int"  # integers, which affine.py reads
@@ -226,3 +229,18 @@ def _check_code(found: Tensor, expected: Tensor, name: str) -> None:
         raise QuantizationError(
             f"{name}: not the table that the format defines; get the file anew, or quantize anew"
         )
+
+
+def load_linear(linear: QuantizedLinear, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Fill a layer from a state_dict, where its tensors' names begin with `prefix`.
+
+    Raises:
+        QuantizationError: they are no quantized weight; see `read`.
+    """
+    names = (prefix + "weight", prefix + "SCB")
+    tensors = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(names)}
+    quantized = read(tensors, linear.quantized.dtype)
+    linear.quantized = quantized.to(linear.quantized.device)
+    bias = state_dict.get(prefix + "bias")
+    if linear.bias is not None and bias is not None:
+        linear.bias.data.copy_(bias)

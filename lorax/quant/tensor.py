@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorax.kernels.weight import PackedWeight
 from lorax.quant.scratch import dequantize_into_scratch
+
+if TYPE_CHECKING:
+    from lorax.kernels.weight import PackedWeight
 
 
 class QuantizedTensor(ABC):

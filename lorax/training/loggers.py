@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lorax.errors import EnvironmentProblem, one_line
+from lorax.errors import EnvironmentProblem
+from lorax.text import one_line
 from lorax.training.metrics import Line
 
 log = logging.getLogger("lorax")

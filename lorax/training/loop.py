@@ -32,7 +32,7 @@ from lorax.data.batches import micro_batches, step_batches
 from lorax.data.examples import Example
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import padding_id
-from lorax.errors import Interrupted, NumericalStop
+from lorax.errors import NumericalStop
 from lorax.models import Model
 from lorax.training.callbacks import Callback, Callbacks
 from lorax.training.checkpoint import clear_litter, newest_checkpoint, rotate, write_checkpoint
@@ -49,7 +49,7 @@ from lorax.training.processes import Processes, processes
 from lorax.training.recipe import Recipe
 from lorax.training.run_directory import RunDirectory
 from lorax.training.schedule import rate_factor, warmup_steps
-from lorax.training.signals import Signals
+from lorax.training.signals import Interrupted, Signals
 from lorax.training.snapshot import (
     Live,
     Progress,

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorax.errors import EnvironmentProblem, FormatError, one_line
+from lorax.errors import EnvironmentProblem, FormatError
+from lorax.text import one_line
 
 Line = dict[str, Any]
 log = logging.getLogger("lorax")

@@ -36,7 +36,8 @@ from pydantic_core import PydanticCustomError
 from lorax.adapters.config_keys import KEPT, AdapterConfig
 from lorax.adapters.variants import UNKNOWN_STEPS, Variant, methods
 from lorax.data.kinds import Column
-from lorax.errors import AdapterError, FormatError, RecipeError, require
+from lorax.errors import AdapterError, FormatError, RecipeError
+from lorax.files import require
 from lorax.formats.toml_files import read_toml
 from lorax.plugins import load_plugin
 from lorax.quant import names

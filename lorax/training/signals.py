@@ -12,10 +12,19 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from lorax.errors import Interrupted
-
 _STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
 _SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work; no error of the user's, and so no LoraxError.
+
+    exit_code: 128 + the signal's number, as shells have it.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 class Signals:

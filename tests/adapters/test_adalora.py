@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 import lorax
 from lorax.adapters.adalora.allocator import RankAllocator, fold_into_lora
 from lorax.adapters.adalora.layer import AdaLoRALinear
-from lorax.adapters.attached import adapter_config, adapter_layers
+from lorax.adapters.attached import adapter_layers
+from lorax.adapters.stated import adapter_config
 from lorax.errors import AdapterError, FormatError, RecipeError
 from lorax.models.llama import Llama
 from lorax.models.llama_config import LlamaConfig

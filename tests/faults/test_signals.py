@@ -7,11 +7,11 @@ import torch
 from runs import make_folder, recipe, same
 
 import lorax
-from lorax.errors import EnvironmentProblem, Interrupted
+from lorax.errors import EnvironmentProblem
 from lorax.training.checkpoint import newest_checkpoint
 from lorax.training.loop import Listener
 from lorax.training.run_directory import RunDirectory
-from lorax.training.signals import Signals
+from lorax.training.signals import Interrupted, Signals
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 

@@ -15,7 +15,7 @@ from peft_pairs import config_as_read, in_peft, largest_difference, logits, save
 
 import lorax
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.fit import shortest_names
+from lorax.adapters.short_names import shortest_names
 from lorax.errors import AdapterError, FormatError
 
 Q = {"r": 4, "target_modules": ["q_proj", "v_proj"]}

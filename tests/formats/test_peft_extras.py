@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import lorax
 from lorax import backend as switch
-from lorax.adapters.attached import adapter_layers
+from lorax.adapters.attached import adapter_layers, replaced_parameters
 from lorax.adapters.counting import count_parameters
 from lorax.adapters.lora import LoRALinear
-from lorax.adapters.modules_to_save import replaced_parameters
 from lorax.errors import AdapterError, FormatError
 from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.quant.linear import QuantizedLinear

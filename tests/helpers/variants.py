@@ -12,7 +12,8 @@ from tiny_tokenizer import CHATML, byte_tokenizer
 
 import lorax
 from lorax.adapters.adalora.layer import AdaLoRAConfig, AdaLoRALinear
-from lorax.adapters.attached import adapter_config, adapter_layers
+from lorax.adapters.attached import adapter_layers
+from lorax.adapters.stated import adapter_config
 from lorax.formats.tokenizer_files import write_tokenizer
 
 SIZES = {  # 64 wide: bitsandbytes' decoder is right where rows are multiples of the block

@@ -19,7 +19,7 @@ PLAIN_HEAP = {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
 CODE = """
 import gc, json, sys, torch, lorax
 from lorax.formats.model_config import new_model
-from lorax.models.llama import LlamaConfig
+from lorax.models.llama_config import LlamaConfig
 from lorax.quant.linear import QuantizedLinear
 
 def status(key):

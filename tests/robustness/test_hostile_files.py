@@ -23,7 +23,7 @@ from lorax.formats.json_files import parse_json, read_json
 from lorax.formats.model_config import new_model, read_config
 from lorax.formats.safetensors_files import open_checkpoint, write_checkpoint
 from lorax.formats.tokenizer_files import write_tokenizer
-from lorax.models.llama import LlamaConfig
+from lorax.models.llama_config import LlamaConfig
 
 pytestmark = pytest.mark.slow
 

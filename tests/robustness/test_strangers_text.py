@@ -8,8 +8,9 @@ from rich.table import Table
 
 from lorax import cli
 from lorax.console import ConsoleLog, PlainConsole
-from lorax.errors import MAX_LINE, FormatError, LoraxError, one_line, visible
+from lorax.errors import FormatError, LoraxError
 from lorax.formats.adapter_card import yaml_text
+from lorax.text import MAX_LINE, one_line, visible
 
 HOSTILE = {
     "\x1b[2J\x1b[31mx": r"\x1b[2J\x1b[31mx",

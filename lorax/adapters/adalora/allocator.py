@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from lorax.adapters.adalora.config import AdaLoRAConfig
 from lorax.adapters.adalora.layer import AdaLoRALinear
-from lorax.adapters.attached import adapter_config, attach_config, require_adapter
+from lorax.adapters.attached import attach_config, require_adapter
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
+from lorax.adapters.stated import adapter_config
 from lorax.errors import AdapterError
 from lorax.models.replace import replace_module
 
@@ -56,7 +57,9 @@ class RankAllocator:
     def __init__(self, model: nn.Module):
         config = adapter_config(model)
         if not isinstance(config, AdaLoRAConfig):
-            raise AdapterError(f"the model's adapter is {config.peft_type}; expected ADALORA")
+            raise AdapterError(
+                f"the model's adapter is {config.peft_type}; expected ADALORA; add one first"
+            )
         if config.rank_pattern is not None:
             raise AdapterError(
                 "the adapter's ranks are settled: its rank_pattern is there"

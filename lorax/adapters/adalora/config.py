@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorax.adapters.config import LoRAConfig
-from lorax.adapters.config_checks import check_rank
+from lorax.adapters.config_checks import check_rank, settle_keywords
 from lorax.adapters.variants import UNKNOWN_STEPS, Variant, register_variant
 from lorax.errors import AdapterError
 
@@ -57,7 +57,7 @@ class AdaLoRAConfig(LoRAConfig):
     peft_type: str = field(default="ADALORA", kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._settle_keywords()
+        settle_keywords(self)
         for key, rest in _NOT_FOR_ADALORA.items():
             if getattr(self, key) != rest:
                 raise AdapterError(
@@ -67,10 +67,13 @@ class AdaLoRAConfig(LoRAConfig):
         check_rank("target_r", self.target_r)
         super().__post_init__()
         if self.lora_alpha <= 0:
-            raise AdapterError(f"lora_alpha is {self.lora_alpha}; AdaLoRA expects it above 0")
+            raise AdapterError(
+                f"lora_alpha is {self.lora_alpha}; AdaLoRA expects it above 0; mend it"
+            )
         if self.init_lora_weights not in (True, False):
             raise AdapterError(
-                f"init_lora_weights is {self.init_lora_weights!r}; AdaLoRA takes true or false"
+                f"init_lora_weights is {self.init_lora_weights!r}; AdaLoRA takes true or false; "
+                "mend it"
             )
         self._check_averages()
         self._check_steps()
@@ -131,15 +134,19 @@ class AdaLoRAConfig(LoRAConfig):
             if not booleans or len(mask) != self.init_r or not name.endswith(".lora_E"):
                 raise AdapterError(
                     f"rank_pattern[{name!r}]: expected a path that ends in .lora_E and a list of "
-                    f"init_r = {self.init_r} booleans"
+                    f"init_r = {self.init_r} booleans; mend it"
                 )
 
     def _check_averages(self) -> None:
         for key in ("beta1", "beta2"):
             if not 0 < getattr(self, key) < 1:
-                raise AdapterError(f"{key} is {getattr(self, key)!r}; expected 0 < {key} < 1")
+                raise AdapterError(
+                    f"{key} is {getattr(self, key)!r}; expected 0 < {key} < 1; mend it"
+                )
         if not 0 <= self.orth_reg_weight < float("inf"):
-            raise AdapterError(f"orth_reg_weight is {self.orth_reg_weight!r}; expected 0 or more")
+            raise AdapterError(
+                f"orth_reg_weight is {self.orth_reg_weight!r}; expected 0 or more; mend it"
+            )
 
     def _check_steps(self) -> None:
         if self.total_step is None or self.total_step < 1:
@@ -150,7 +157,7 @@ class AdaLoRAConfig(LoRAConfig):
         if self.tinit < 0 or self.tfinal < 0 or self.deltaT < 1:
             raise AdapterError(
                 "tinit and tfinal begin at 0, deltaT at 1"
-                f"; found {self.tinit}, {self.tfinal} and {self.deltaT}"
+                f"; found {self.tinit}, {self.tfinal} and {self.deltaT}; mend them"
             )
         if self.tinit >= self.last_allocation:
             raise AdapterError(

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lorax.adapters.config_keys import AdapterConfig, check_unknown, opening_with
+from lorax.adapters.config_files import check_unknown, opening_with
+from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.variants import Variant, register_variant
 from lorax.errors import AdapterError
 
@@ -55,11 +56,12 @@ class PromptTuningConfig(AdapterConfig):
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_VIRTUAL_TOKENS:
             raise AdapterError(
                 f"num_virtual_tokens is {n!r}; expected a whole number from 1 to "
-                f"{MAX_VIRTUAL_TOKENS}"
+                f"{MAX_VIRTUAL_TOKENS}; mend it"
             )
         if self.prompt_tuning_init not in INITS:
             raise AdapterError(
-                f"prompt_tuning_init is {self.prompt_tuning_init!r}; expected one of {INITS}"
+                f"prompt_tuning_init is {self.prompt_tuning_init!r}; expected one of {INITS}; "
+                "mend it"
             )
         has_text = bool(self.prompt_tuning_init_text)
         if self.prompt_tuning_init == "TEXT" and not has_text:
@@ -74,7 +76,7 @@ class PromptTuningConfig(AdapterConfig):
         if self.num_transformer_submodules not in (None, 1):
             raise AdapterError(
                 f"num_transformer_submodules is {self.num_transformer_submodules!r}; lorax covers "
-                "decoders, which have 1"
+                "decoders, which have 1; leave it out"
             )
 
     def for_file(self, base: str | None) -> Self:
@@ -107,12 +109,12 @@ class PromptTuningConfig(AdapterConfig):
             if not isinstance(value, kind):
                 raise AdapterError(
                     f"{where}: {key} = {value!r} has the wrong type"
-                    f"; expected {getattr(kind, '__name__', kind)}"
+                    f"; expected {getattr(kind, '__name__', kind)}; mend it"
                 )
         if "num_virtual_tokens" not in values:
             raise AdapterError(
                 f"{where}: num_virtual_tokens is missing"
-                "; expected a whole number, that of the prompt's rows"
+                "; expected a whole number, that of the prompt's rows; add it"
             )
         with opening_with(where):
             return cls(**{key: value for key, value in values.items() if key in known})

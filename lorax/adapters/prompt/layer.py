@@ -5,7 +5,7 @@
     hidden states       cut off       (B, T, C)
 
 Nothing else is trained: n * C numbers. The model sends the embeddings of its first tokens through
-its `prefix` (lorax/models/prefix.py), and that is where the prompt stands. With a cache it is put
+its `prefix` (lorax/models/model.py), and that is where the prompt stands. With a cache it is put
 in front once, at the start. p is float32 and cast to the base's dtype where it is put in.
 
 It can not be merged: no weight of the model holds its inputs.
@@ -23,8 +23,7 @@ from lorax.adapters.attached import attach_config
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.prompt.config import PromptTuningConfig as PromptTuningConfig
 from lorax.errors import AdapterError
-from lorax.models.model import Body, Model
-from lorax.models.prefix import Prefix
+from lorax.models.model import Body, Model, Prefix
 
 
 class Encodes(Protocol):

@@ -1,0 +1,37 @@
+"""The public names, for type checkers and editors; __init__.py imports each when it is used."""
+
+from lorax.adapters.adalora.allocator import RankAllocator as RankAllocator
+from lorax.adapters.adalora.allocator import fold_into_lora as fold_into_lora
+from lorax.adapters.adalora.config import AdaLoRAConfig as AdaLoRAConfig
+from lorax.adapters.arithmetic import Adapter as Adapter
+from lorax.adapters.config import LoRAConfig as LoRAConfig
+from lorax.adapters.convert import convert_to_lora as convert_to_lora
+from lorax.adapters.counting import print_trainable_parameters as print_trainable_parameters
+from lorax.adapters.inject import add_adapter as add_adapter
+from lorax.adapters.inject import disabled_adapter as disabled_adapter
+from lorax.adapters.merge import merge_adapter as merge_adapter
+from lorax.adapters.merge import unload_adapter as unload_adapter
+from lorax.adapters.merge import unmerge_adapter as unmerge_adapter
+from lorax.adapters.prompt.config import PromptTuningConfig as PromptTuningConfig
+from lorax.adapters.variants import Variant as Variant
+from lorax.adapters.variants import register_variant as register_variant
+from lorax.errors import LoraxError as LoraxError
+from lorax.formats.adapter_data import read_adapter as read_adapter
+from lorax.formats.adapter_data import write_adapter as write_adapter
+from lorax.formats.huggingface import load_model as load_model
+from lorax.formats.huggingface import load_tokenizer as load_tokenizer
+from lorax.formats.huggingface import save_model as save_model
+from lorax.formats.peft import load_adapter as load_adapter
+from lorax.formats.peft import save_adapter as save_adapter
+from lorax.inference.generate import generate as generate
+from lorax.models.families import register_model as register_model
+from lorax.parity.against_peft import verify as verify
+from lorax.plugins import load_plugin as load_plugin
+from lorax.quant.quantize import quantize as quantize
+from lorax.quant.register import register_codebook as register_codebook
+from lorax.quant.tensor import QuantizedTensor as QuantizedTensor
+from lorax.training.hooks import StepHook as StepHook
+from lorax.training.hooks import register_step_hook as register_step_hook
+from lorax.training.loop import train as train
+from lorax.training.recipe import Recipe as Recipe
+from lorax.version import __version__ as __version__
