@@ -126,7 +126,7 @@ def register_variant(variant: Variant) -> None:
         )
     if variant.layer is not None and not hasattr(variant.config, "selects"):
         raise AdapterError(
-            f"variant {variant.name!r} wraps modules, and its config does not say which; derive it "
+            f"variant {variant.name!r} wraps modules, and its config does not say which; make it "
             "from lorax.LoRAConfig"
         )
     for other in _table.values() if variant.chosen is None else ():
@@ -188,8 +188,8 @@ def needed_of_file(values: Mapping[str, Any], where: str) -> Variant:
     if found is None:
         known = ", ".join(v.peft_type for v in methods().values() if v.peft_type)
         raise AdapterError(
-            f"{where}: peft_type {values.get('peft_type')!r}; lorax reads {known}, and what a "
-            "plugin registers (--plugin FILE)"
+            f"{where}: peft_type {values.get('peft_type')!r}; expected one of {known}, or what "
+            "a plugin registers (--plugin FILE)"
         )
     return found
 

@@ -115,7 +115,7 @@ def _refuse(recipe: Recipe, path: Path) -> None:
     if found is not None:
         raise UsageError(
             f"{path / RECORD}: {found}: verify --run replays LoRA and its choices (rsLoRA, DoRA, "
-            "LoRA+) with AdamW over plain and 4-bit bases; verify the run's adapter instead"
+            "LoRA+) with AdamW over plain and 4-bit bases; give the run's adapter instead"
         )
 
 
@@ -216,7 +216,7 @@ class _Replay:
             reason = " ".join(str(error).split())[:300]
             raise AdapterError(
                 f"{self.path}: PEFT does not load the run's start ({type(error).__name__}: "
-                f"{reason}); verify --run needs a variant that PEFT trains"
+                f"{reason}); expected a variant that PEFT trains: give the run's adapter instead"
             ) from None
 
 
@@ -243,8 +243,8 @@ class _Judge:
         ]
         if odd:
             raise AdapterError(
-                f"{run}: {odd[0]} is not trained alike by lorax and PEFT; verify --run needs a "
-                "variant that both train; verify the run's adapter instead"
+                f"{run}: {odd[0]} is not trained alike by lorax and PEFT; expected a variant "
+                "that both train: give the run's adapter instead"
             )
         for name, parameter in theirs.items():
             self._tensor("adapter tensor", name, difference(mine[name], parameter), 0.0, EXACT)

@@ -72,7 +72,7 @@ def _reported(function: Callback, line: Line, error: Exception) -> PluginError:
     own = frames[min(1, len(frames) - 1)]  # frames[0] is `call`
     made = PluginError(
         f"callback {name} failed at step {line['step']} ({own.filename}:{own.lineno}: "
-        f"{type(error).__name__}: {error})"
+        f"{type(error).__name__}: {error}); mend it, or leave it out"
     )
     made.__cause__ = error
     return made

@@ -191,7 +191,7 @@ def test_what_cannot_be_is_refused_by_name(command, run, monkeypatch, capfd):
 
 def test_without_the_plugin_it_is_refused_by_name(run, folder, base, monkeypatch, capfd):
     without_the_plugin(monkeypatch)
-    with pytest.raises(AdapterError, match=r"peft_type 'VERA'; lorax reads LORA.*--plugin"):
+    with pytest.raises(AdapterError, match=r"peft_type 'VERA'; expected one of LORA.*--plugin"):
         lorax.load_adapter(base, run / "adapter")
     write_recipe(folder, [])
     code, said = failing(

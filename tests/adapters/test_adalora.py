@@ -450,7 +450,7 @@ def test_the_allocator_refuses_to_be_driven_wrongly():
     with pytest.raises(AdapterError, match="settle after step 20, but update"):
         allocator.finish()
     allocator.penalty().backward()
-    with pytest.raises(AdapterError, match=r"lora_E has no gradient: update\(\) comes between"):
+    with pytest.raises(AdapterError, match=r"lora_E has no gradient; call update\(\) between"):
         allocator.update()
     allocator, _ = drive(model, 20)
     allocator.finish()

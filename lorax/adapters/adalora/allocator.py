@@ -63,7 +63,7 @@ class RankAllocator:
         if config.rank_pattern is not None:
             raise AdapterError(
                 "the adapter's ranks are settled: its rank_pattern is there"
-                "; for other ranks start a new AdaLoRA"
+                "; start a new AdaLoRA for other ranks"
             )
         config.check_that_ranks_fall()
         self.model = model
@@ -130,7 +130,7 @@ class RankAllocator:
         if self.masks is None or self.step < self.config.last_allocation:
             raise AdapterError(
                 f"the ranks settle after step {self.config.last_allocation}, but update() was "
-                f"called {self.step} times: it belongs behind each optimizer.step()"
+                f"called {self.step} times; call it behind each optimizer.step()"
             )
         for name, layer in self._layers.items():
             layer.prune(self.masks[name])
@@ -144,7 +144,7 @@ class RankAllocator:
         for name, parameter in self._parameters():
             if parameter.grad is None:
                 raise AdapterError(
-                    f"{name} has no gradient: update() comes between backward() and zero_grad()"
+                    f"{name} has no gradient; call update() between backward() and zero_grad()"
                 )
             now = (parameter * parameter.grad).abs()
             zero = torch.zeros_like(now)
