@@ -43,6 +43,9 @@ RESUME, PROTOCOL = "tests/faults/test_resume.py", "tests/faults/test_checkpoint_
 SIGNALS = "tests/faults/test_signals.py"
 LABORATORY = "tests/merging/test_merge_laboratory.py"
 MODELS = "tests/models/test_models.py"
+PACKED = "tests/models/test_packed.py"
+PROCESSES = "lorax/training/processes.py"
+SEVERAL = "tests/training/test_several_processes.py"
 
 TRAINING_FAULTS = [
     Fault(LOOP, "step - 1, ", "step, ",
@@ -100,6 +103,28 @@ TRAINING_FAULTS = [
     Fault(BATCHES, "labels = torch.full((len(rows), width), IGNORED",
           "labels = torch.full((len(rows), width), pad_id", "padding is trained",
           f"{TRAINER} cosine"),
+]  # fmt: skip
+
+SHARED_FAULTS = [
+    Fault(BATCHES, "labels += [IGNORED, *(token", "labels += [row.ids[0], *(token",
+          "the label at a seam is trained", f"{PACKED} tests/training/test_packing.py"),
+    Fault("lorax/models/packed.py",
+          "torch.arange(length, device=x.device) for length in self.lengths",
+          "torch.arange(sum(self.lengths), device=x.device) for _ in (0,)",
+          "packed positions do not begin anew", f"{PACKED} -k gpt2"),
+    Fault("lorax/models/packed.py",
+          "torch.cat([causal_attention(*part, **how) for part in parts], dim=2)",
+          "causal_attention(query, key, value, **how)", "packed documents see each other", PACKED),
+    Fault(PROCESSES, "batches[self.rank :: self.size]", "batches[::]",
+          "each process computes every row", f"{SEVERAL} -k every_row"),
+    Fault(PROCESSES, "if len(mine) < -(-len(batches) // self.size):", "if False:",
+          "a process with nothing to do is not waited for", f"{SEVERAL} -k every_row"),
+    Fault(PROCESSES, "(loss * self._size).backward()", "loss.backward()",
+          "gradients are averaged over processes", f"{SEVERAL} -k packed"),
+    Fault("lorax/training/callbacks.py", "torch.random.fork_rng(devices=list(cuda)), torch",
+          "torch", "a callback moves the random numbers", "tests/training/test_callbacks.py"),
+    Fault("lorax/training/loggers.py", "old.unlink()", "pass", "a resumed run logs steps twice",
+          "tests/training/test_loggers.py"),
 ]  # fmt: skip
 
 CHECKPOINT_FAULTS = [
@@ -160,7 +185,7 @@ INFERENCE_FAULTS = [
           f"{ONCE} -k mode"),
     Fault("lorax/models/attention.py", ".tril(S - T)", ".tril()",
           "with a cache the mask is another", MODELS + " -k cache"),
-    Fault("lorax/models/cache.py", "self.length += tokens", "self.length = tokens",
+    Fault("lorax/models/cache.py", "self.length += x.shape[1]", "self.length = x.shape[1]",
           "the cache forgets its length", MODELS + " -k cache"),
 ]  # fmt: skip
 
@@ -283,7 +308,7 @@ FILE_FAULTS = [
     Fault("lorax/formats/huggingface.py", "files = open_model_files(path, revision)",
           "files = open_model_files(path)", "the Hub's revision is dropped",
           f"{ONCE} -k revision"),
-    Fault("lorax/training/loop.py", "load_tokenizer(settings.path, revision=settings.revision)",
+    Fault("lorax/training/finished.py", "load_tokenizer(settings.path, revision=settings.revision)",
           "load_tokenizer(settings.path)", "the tokenizer is another revision's",
           f"{ONCE} -k revision"),
     Fault(FORMATS, "and quantizable(module_name, module):", "and True:",
@@ -342,6 +367,7 @@ REPORT_FAULTS = [
 ]  # fmt: skip
 
 FAULTS = [
-    *TRAINING_FAULTS, *CHECKPOINT_FAULTS, *INFERENCE_FAULTS, *MODEL_FAULTS, *ADAPTER_FAULTS,
+    *TRAINING_FAULTS, *SHARED_FAULTS, *CHECKPOINT_FAULTS, *INFERENCE_FAULTS, *MODEL_FAULTS,
+    *ADAPTER_FAULTS,
     *QUANT_FAULTS, *FILE_FAULTS, *REPORT_FAULTS,
 ]  # fmt: skip
