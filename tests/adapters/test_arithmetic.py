@@ -3,12 +3,11 @@
 import copy
 import json
 import math
-import subprocess
-import sys
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from command_line import complete_lorax
 from hypothesis import given
 from oracles import gpt2, llama, peft_model, tokens
 from peft import PeftModel
@@ -350,8 +349,7 @@ def inspect(*arguments):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "lorax", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return complete_lorax(*arguments)
 
 
 def test_the_command(saved, tmp_path):

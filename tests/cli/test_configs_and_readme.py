@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from command_line import complete_lorax
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -22,8 +23,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def lorax(*arguments, cwd=ROOT):
-    command = [sys.executable, "-m", "lorax", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    return complete_lorax(*arguments, cwd=cwd)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

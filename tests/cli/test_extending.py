@@ -2,13 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 import transformers
-from command_line import run_lorax
+from command_line import complete_lorax, run_lorax
 from safetensors.torch import load_file
 from tiny_runs import folder  # noqa: F401 - a fixture
 
@@ -41,13 +39,7 @@ def test_the_variant_trains_from_a_recipe_and_merges(folder, tmp_path):  # noqa:
         """
     )
     for words in (["train", "recipe.toml"], ["merge", "run", "merged"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "lorax", *words, "--plugin", "mine.py"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            check=False,
-        )
+        done = complete_lorax(*words, "--plugin", "mine.py", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "UNIT_ROWS"

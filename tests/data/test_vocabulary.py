@@ -1,11 +1,10 @@
 """A tokenizer with tokens that its model's embedding does not have."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from command_line import complete_lorax
 from tiny_tokenizer import byte_tokenizer
 
 import lorax
@@ -125,10 +124,7 @@ def test_a_prompt_to_tune_from_with_such_a_token_is_one_line(made):
 )
 def test_the_command_line_says_it_in_one_line(made, tmp_path, command):
     names = {"MODEL": str(made / "chat"), "ROWS": str(_rows(tmp_path / "chat.jsonl"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "lorax", *(names.get(word, word) for word in command)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = complete_lorax(*(names.get(word, word) for word in command))
     assert done.returncode == 4
     assert done.stderr.startswith("error: token '<|start|>' has id 261")
     assert done.stderr.count("\n") == 1

@@ -1,11 +1,10 @@
 """The quantization workbench: its numbers are plain arithmetic's, in table, JSON and plot."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from command_line import complete_lorax
 from oracles import llama
 
 import lorax
@@ -62,8 +61,7 @@ def test_the_plot_is_a_png(model, tmp_path):
 
 
 def lorax_inspect(*arguments):
-    command = [sys.executable, "-m", "lorax", "inspect", "quantization", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return complete_lorax("inspect", "quantization", *arguments)
 
 
 def test_the_command(model, tmp_path):
