@@ -164,6 +164,25 @@ def write_file(
     """Write one file; `metadata` gets `format: pt`, which readers ask for."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order, which safetensors writes in another one each time.
+
+    So two runs that are equal leave files that are equal, byte for byte.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size)
+        values = json.loads(header)
+        values["__metadata__"] = dict(sorted(values["__metadata__"].items()))
+        # The order of keys is all that may change: tensors stay where they are.
+        text = json.dumps({"__metadata__": values.pop("__metadata__"), **values},
+                          separators=(",", ":"), ensure_ascii=False).encode()  # fmt: skip
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def write_checkpoint(

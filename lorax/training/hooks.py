@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorax.errors import RecipeError
+from lorax.errors import PluginError, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class StepHook:
     """What a method adds to each optimizer step; a plain one adds nothing."""
 
     def penalty(self) -> Tensor | None:
-        """Added once to the step's loss, () float32; None for nothing."""
+        """Added once to what is differentiated, () float32; the logged loss is the rows' alone."""
         return None
 
     def after_step(self) -> Line:
@@ -63,10 +63,20 @@ class SeveralHooks(StepHook):
         return sum(found[1:], found[0]) if found else None
 
     def after_step(self) -> Line:
-        """All that they give; of two entries of one name, the later hook's."""
+        """All that they give.
+
+        Raises:
+            PluginError: two give the same name.
+        """
         line: Line = {}
-        for hook in self.hooks.values():
-            line |= hook.after_step()
+        for name, hook in self.hooks.items():
+            found = hook.after_step()
+            for key in sorted(line.keys() & found.keys()):
+                raise PluginError(
+                    f"step hook {name!r}: after_step gives {key!r}, which another hook gives too; "
+                    "take another name"
+                )
+            line |= found
         return line
 
     def skip_step(self) -> None:
@@ -131,8 +141,10 @@ def with_hooks(
     own: StepHook, model: Any, names: list[str], others: list[HookFactory | StepHook]
 ) -> StepHook:
     """The method's own hook and those that a recipe names or a program gives; itself if none."""
-    found: dict[str, StepHook] = {"method": own}
-    found |= {name: _factories[name](model) for name in names}
+    from lorax.training.checked_hook import CheckedHook
+
+    found: dict[str, StepHook] = {name: _factories[name](model) for name in names}
     for number, other in enumerate(others):
         found[f"given-{number}"] = other if isinstance(other, StepHook) else other(model)
+    found = {"method": own} | {name: CheckedHook(name, hook) for name, hook in found.items()}
     return own if len(found) == 1 else SeveralHooks(found)

@@ -32,9 +32,11 @@ def summed_loss(
     context: Documents that are packed in (1, T); the label of each one's first token is -100.
     """
     hidden = model.hidden_states(input_ids, context)[:, :-1]  # (B, T - 1, C)
-    targets = labels[:, 1:]
-    counted = targets != -100
-    return head_loss(hidden[counted], model.lm_head, targets[counted], model.logit_cap)
+    counted = labels[:, 1:] != -100
+    hidden, targets = hidden[counted], labels[:, 1:][counted]  # (N, C), (N,)
+    if type(model).logits is not Model.logits:  # a family whose head does more
+        return F.cross_entropy(model.logits(hidden).float(), targets, reduction="sum")
+    return head_loss(hidden, model.lm_head, targets, model.logit_cap)
 
 
 def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, cap: float | None = None) -> Tensor:
