@@ -133,7 +133,8 @@ def _check(output: Path, format: str, block_size: int | None, max_shard_bytes: i
     if format not in bitsandbytes.FORMATS:
         raise UsageError(
             f"quantize: format {format!r} cannot be written in bitsandbytes' layout; "
-            f"expected one of {bitsandbytes.FORMATS}"
+            f"expected one of {bitsandbytes.FORMATS}; quantize while loading instead: "
+            f"model.quantization = {format!r} in a recipe, or --quantization {format}"
         )
     if max_shard_bytes < 1:
         raise UsageError(f"quantize: max_shard_bytes {max_shard_bytes}; expected at least 1")

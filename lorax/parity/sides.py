@@ -345,7 +345,7 @@ class PeftSide(Side):
         if not hasattr(layer, "get_delta_weight"):
             return None  # PEFT has no merge for this variant in 4 bits
         weight = self.weight(self.base_of(self.modules[path])).float()  # the copy's may be changed
-        variant = layer.lora_variant.get(self.adapter)
+        variant = getattr(layer, "lora_variant", {}).get(self.adapter)  # not every tuner has it
         if variant is not None:
             return variant.merge_safe(layer, self.adapter, weight).detach()
         return (weight + layer.get_delta_weight(self.adapter)).detach()

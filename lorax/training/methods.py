@@ -16,6 +16,7 @@ from lorax.adapters.full import train_everything
 from lorax.adapters.inject import add_adapter
 from lorax.adapters.variants import resolved
 from lorax.data.tokenizer import Tokenizer
+from lorax.errors import AdapterError
 from lorax.formats.huggingface import save_model
 from lorax.formats.peft import save_adapter
 from lorax.models import Model
@@ -76,8 +77,26 @@ def set_up(
         train_everything(model)
     else:
         add_adapter(model, config, tokenizer)
+        _check_saved(model)
     factory = resolved(recipe.variant.hook) or _nothing
     return with_hooks(factory(model), model, recipe.train.hooks, list(hooks))
+
+
+def _check_saved(model: Model) -> None:
+    """Refuse a layer that trains what its files would not hold.
+
+    Raises:
+        AdapterError: the first such parameter.
+    """
+    for name, layer in adapter_layers(model).items():
+        saved = {id(tensor) for tensor in layer.tensors().values()}
+        frozen = {id(parameter) for parameter in layer.base_layer.parameters()}
+        for below, parameter in layer.named_parameters():
+            if parameter.requires_grad and id(parameter) not in saved | frozen:
+                raise AdapterError(
+                    f"{name}: {below} is trained, and {type(layer).__name__}.tensors() does not "
+                    "name it, so it would be lost; add it there"
+                )
 
 
 def _nothing(model: Model) -> StepHook:

@@ -78,8 +78,10 @@ def trained_tensors(model: Model) -> dict[str, Tensor]:
     """What is trained, by the model's names, and the buffers of the adapter's layers."""
     tensors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for name, layer in adapter_layers(model).items():
+        made_anew = layer._non_persistent_buffers_set
         for below, buffer in layer.named_buffers(recurse=False):
-            tensors[f"{name}.{below}"] = buffer
+            if below not in made_anew:
+                tensors[f"{name}.{below}"] = buffer
     return tensors
 
 

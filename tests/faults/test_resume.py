@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import lorax
 from lorax.errors import AdapterError, FormatError, NumericalStop, RecipeError, UsageError
-from lorax.training import loop
+from lorax.training import loop, processes
 from lorax.training.loop import Listener
 from lorax.training.metrics import read_metrics
 
@@ -83,7 +83,7 @@ def test_over_other_bases(folder, tmp_path, change):
 
 
 def test_cut_in_the_middle_of_an_accumulation(folder, undisturbed, tmp_path, monkeypatch):
-    calls, real = [], loop.summed_loss
+    calls, real = [], processes.summed_loss
 
     def loss(model, *batch):
         calls.append(model.training)
@@ -92,7 +92,7 @@ def test_cut_in_the_middle_of_an_accumulation(folder, undisturbed, tmp_path, mon
         return real(model, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "summed_loss", loss)
+        patch.setattr(processes, "summed_loss", loss)
         with pytest.raises(Killed):
             lorax.train(recipe(folder, tmp_path / "cut"))
     lorax.train(recipe(folder, tmp_path / "cut"), resume=True)
@@ -204,14 +204,14 @@ def spoiled(monkeypatch):
     """
 
     def spoil(*steps):
-        generators, real = [], loop.summed_loss
+        generators, real = [], processes.summed_loss
 
         def loss(model, *batch):
             generators.append(torch.get_rng_state())
             value = real(model, *batch)
             return value * float("nan") if (len(generators) - 1) // 3 + 1 in steps else value
 
-        monkeypatch.setattr(loop, "summed_loss", loss)
+        monkeypatch.setattr(processes, "summed_loss", loss)
         return generators
 
     return spoil

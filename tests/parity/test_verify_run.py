@@ -16,7 +16,7 @@ import lorax
 from lorax.errors import FormatError, LoraxError, UsageError
 from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.parity.whole_run import verify_run
-from lorax.training import loop
+from lorax.training import loop, processes
 from lorax.training.optimizers import set_rates
 
 pytestmark = pytest.mark.slow
@@ -127,8 +127,8 @@ def one_gradient_is_scaled(patch):
 def rows_in_another_order(patch):
     honest = loop.step_batches
 
-    def other(rows, size, seed, shuffle):
-        return honest(rows, size, seed + 1, shuffle)
+    def other(rows, size, seed, *more):
+        return honest(rows, size, seed + 1, *more)
 
     patch.setattr(loop, "step_batches", other)
 
@@ -139,7 +139,7 @@ def a_mean_of_means(patch):
     def means(self, rows):
         loss = torch.zeros(())
         for batch in loop.micro_batches(rows, self.settings.micro_batch_size, self.pad_id):
-            part = loop.summed_loss(self.model, batch.input_ids, batch.labels)
+            part = processes.summed_loss(self.model, batch.input_ids, batch.labels)
             part = part / (batch.labels[:, 1:] != -100).sum() / 3
             part.backward()
             loss += part.detach()

@@ -26,7 +26,7 @@ from lorax.models.llama import RMSNorm
 from lorax.parity.difference import difference
 from lorax.parity.report import Check, Report
 from lorax.quant.affine import pack_nibbles
-from lorax.training import loop
+from lorax.training import loop, processes
 from lorax.training.evaluate import evaluate
 
 TOKENIZER = byte_tokenizer(eos=None)
@@ -65,13 +65,13 @@ def adapted(folder, **config):
 
 
 def test_a_gradient_that_is_nan_stops_although_the_loss_is_finite(folder, tmp_path, monkeypatch):
-    real = loop.summed_loss
+    real = processes.summed_loss
 
     def poisoned(model, *batch):
         trained = next(p for p in model.parameters() if p.requires_grad)
         return real(model, *batch) + (0 * trained.sum()).sqrt()  # 0, whose gradient is 0 / 0
 
-    monkeypatch.setattr(loop, "summed_loss", poisoned)
+    monkeypatch.setattr(processes, "summed_loss", poisoned)
     with pytest.raises(NumericalStop, match=r"step 1.*gradient norm nan"):
         lorax.train(recipe(folder, tmp_path / "run"))
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from runs import make_folder, recipe
+from safetensors.torch import load_file
 
 import lorax
 from lorax.errors import PluginError
@@ -94,3 +95,29 @@ def test_equal_runs_leave_equal_files(folder, tmp_path):
     header = json.loads(one[8 : 8 + int.from_bytes(one[:8], "little")])
     assert list(header["__metadata__"]) == sorted(header["__metadata__"])
     assert len(header["__metadata__"]) > 1
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_what_a_layer_trains_and_does_not_save_is_refused(folder, tmp_path):
+    from lorax.adapters.lora import LoRALinear
+
+    settings = {"train.max_steps": 2, "train.save_steps": 1, "data.eval_fraction": 0.0}
+    made = recipe(folder, tmp_path / "run", **settings, **{"train.eval_steps": None})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoRALinear, "tensors", lambda self: {"lora_A.weight": self.lora_A})
+        with pytest.raises(lorax.LoraxError, match=r"lora_B is trained, and LoRALinear\.tensors"):
+            lorax.train(made)
+    init = LoRALinear.__init__
+
+    def with_buffers(self, *arguments, **options):
+        init(self, *arguments, **options)
+        whole = torch.ones(8)
+        self.register_buffer("first", whole[:4], persistent=False)
+        self.register_buffer("second", whole[4:], persistent=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoRALinear, "__init__", with_buffers)
+        made = recipe(folder, tmp_path / "two", **settings, **{"train.eval_steps": None})
+        lorax.train(made)
+    kept = tmp_path / "two" / "checkpoints" / "step-00000001" / "trained.safetensors"
+    assert not any("first" in name for name in load_file(kept))
