@@ -189,7 +189,7 @@ MISTAKES = [
     (4, "broken.jsonl:2: ", "train recipe.toml --data.path broken.jsonl"),
     (3, "./no: no such directory", "train recipe.toml --model.path ./no"),
     (4, "match no module", "train recipe.toml --adapter.target_modules '[\"nothing\"]'"),
-    (4, "config.json: cannot be read", "generate taken hi"),
+    (4, "no config.json; expected a model directory", "generate taken hi"),
     (3, "./no: no such directory", "generate ./no hi"),
     (3, "no.gguf: no such file", "generate no.gguf hi"),
     (4, "expected a model directory", "generate rows.jsonl hi"),

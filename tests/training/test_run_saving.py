@@ -96,11 +96,11 @@ def test_a_full_disk_at_the_picture_is_said_and_what_was_trained_is_saved(
     assert (tmp_path / "run" / tensors[method]).is_file()
 
 
-def interrupt(model, rows, size, pad_id):
+def interrupt(*arguments):
     raise KeyboardInterrupt
 
 
-def out_of_memory(model, rows, size, pad_id):
+def out_of_memory(*arguments):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
