@@ -88,8 +88,9 @@ def _check_saved(model: Model) -> None:
     Raises:
         AdapterError: the first such parameter.
     """
-    for name, layer in adapter_layers(model).items():
-        saved = {id(tensor) for tensor in layer.tensors().values()}
+    layers = adapter_layers(model)
+    saved = {id(t) for layer in layers.values() for t in layer.tensors().values()}  # some share
+    for name, layer in layers.items():
         frozen = {id(parameter) for parameter in layer.base_layer.parameters()}
         for below, parameter in layer.named_parameters():
             if parameter.requires_grad and id(parameter) not in saved | frozen:
