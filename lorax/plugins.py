@@ -50,6 +50,13 @@ def load_plugin(path: str | Path) -> ModuleType:
     return module
 
 
+def where_it_failed(error: Exception) -> str:
+    """ "file:line: kind: message" of what a function raised that the caller's own frame called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = frames[min(1, len(frames) - 1)]  # frames[0] is the caller
+    return f"{own.filename}:{own.lineno}: {type(error).__name__}: {error}"
+
+
 def _what_failed(error: Exception, file: Path) -> str:
     """The error in one line, with the line of the plugin that it came from."""
     if isinstance(error, LoraxError):

@@ -91,7 +91,7 @@ class LowRank:
     def truncate(self, k: int) -> tuple[LowRank, float]:
         """The nearest matrix of rank k (Eckart and Young), and its distance ||D - D_k||."""
         if k < 1:
-            raise AdapterError(f"cannot truncate to rank {k}; expected 1 or more; give such a rank")
+            raise AdapterError(f"cannot truncate to rank {k}; expected 1 or more")
         Q_B, core, Q_A = self.core()
         U, S, Vt = torch.linalg.svd(core)
         root = S[:k].sqrt()

@@ -39,9 +39,9 @@ def check_config(config: LoRAConfig) -> None:
     for name, alpha in config.alpha_pattern.items():
         _check_alpha(f"alpha_pattern[{name!r}]", alpha)
     if not 0.0 <= config.lora_dropout < 1.0:
-        raise AdapterError(f"lora_dropout is {config.lora_dropout}; expected 0 <= p < 1; mend it")
+        raise AdapterError(f"lora_dropout is {config.lora_dropout}; expected 0 <= p < 1")
     if config.bias not in ("none", "all", "lora_only"):
-        raise AdapterError(f"bias is {config.bias!r}; expected none, all or lora_only; mend it")
+        raise AdapterError(f"bias is {config.bias!r}; expected none, all or lora_only")
     _check_names("modules_to_save", config.modules_to_save)
     _check_indices(config.trainable_token_indices)
     _check_word(config)
@@ -149,7 +149,7 @@ def _check_loftq(config: LoRAConfig) -> None:
     check_rank("loftq_iter", settings["loftq_iter"], MAX_LOFTQ_ITERATIONS)
     if settings.get("loftq_format", "nf4") not in ("nf4", "nf4-dq"):
         found = settings["loftq_format"]
-        raise AdapterError(f"loftq_format is {found!r}; expected 'nf4' or 'nf4-dq'; mend it")
+        raise AdapterError(f"loftq_format is {found!r}; expected 'nf4' or 'nf4-dq'")
     object.__setattr__(config, "loftq_config", settings)
 
 
@@ -178,21 +178,19 @@ def _check_expressions(config: LoRAConfig) -> None:
 def check_rank(name: str, rank: Any, highest: int = MAX_RANK) -> None:
     """Refuse what is no whole number from 1 to `highest`."""
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= highest:
-        raise AdapterError(
-            f"{name} is {rank!r}; expected a whole number from 1 to {highest}; mend it"
-        )
+        raise AdapterError(f"{name} is {rank!r}; expected a whole number from 1 to {highest}")
 
 
 def _check_alpha(name: str, alpha: Any) -> None:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise AdapterError(f"{name} is {alpha!r}; expected a finite number; mend it")
+        raise AdapterError(f"{name} is {alpha!r}; expected a finite number")
 
 
 def _check_names(key: str, names: Any) -> None:
     if names is None:
         return
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise AdapterError(f"{key} is {names!r}; expected a list of names; mend it")
+        raise AdapterError(f"{key} is {names!r}; expected a list of names")
 
 
 def _check_indices(indices: Any) -> None:
@@ -201,5 +199,5 @@ def _check_indices(indices: Any) -> None:
         whole = isinstance(rows, list) and all(type(row) is int for row in rows)
         if not whole:
             raise AdapterError(
-                f"trainable_token_indices has {rows!r}; expected a list of whole numbers; mend it"
+                f"trainable_token_indices has {rows!r}; expected a list of whole numbers"
             )

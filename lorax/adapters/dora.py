@@ -221,6 +221,7 @@ register_variant(
         "dora",
         LoRAConfig,
         title="DoRA",
+        in_peft=True,
         summary=lambda config: f"DoRA of rank {config.r}, lora_alpha {config.lora_alpha:g}",
         layer=DoRALinear,
         embedding=DoRAEmbedding,

@@ -37,7 +37,9 @@ def check_expression(expression: str, whole: str | None = None) -> None:
     for each in (expression, whole or expression):
         problem = _ask(each, None, False).get("error")
         if problem is not None:
-            raise AdapterError(f"{expression!r} is no regular expression ({problem}); mend it")
+            raise AdapterError(
+                f"{expression!r} is no regular expression ({problem}); write it as Python's re does"
+            )
 
 
 def groups(expression: str, name: str, full: bool) -> Groups | None:
@@ -48,7 +50,10 @@ def groups(expression: str, name: str, full: bool) -> Groups | None:
     """
     reply = _ask(expression, name, full)
     if "error" in reply:
-        raise AdapterError(f"{expression!r} is no regular expression ({reply['error']}); mend it")
+        problem = reply["error"]
+        raise AdapterError(
+            f"{expression!r} is no regular expression ({problem}); write it as Python's re does"
+        )
     return None if reply["groups"] is None else tuple(reply["groups"])
 
 

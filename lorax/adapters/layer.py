@@ -115,7 +115,7 @@ class AdapterLayer(nn.Module):
         Raises:
             AdapterError: it is something else.
         """
-        raise AdapterError(f"is a {type(self).__name__}; expected LoRA on Linears; give one")
+        raise AdapterError(f"is a {type(self).__name__}; expected LoRA on Linears")
 
     def plain_tensors(self) -> dict[str, Tensor]:
         """`tensors` as those of a plain LoRA over the same base, where that computes the same."""

@@ -176,6 +176,7 @@ register_variant(
         "loftq",
         LoRAConfig,
         title="LoftQ",
+        in_peft=True,
         summary=lambda config: f"LoftQ of rank {config.r}, lora_alpha {config.lora_alpha:g}",
         layer=LoftQLinear,
         chosen=lambda config: config.init_lora_weights == "loftq",

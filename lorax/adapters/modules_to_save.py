@@ -27,7 +27,7 @@ from lorax.adapters.tables import HEAD, embedding_path, is_tied
 from lorax.errors import AdapterError
 from lorax.quant.linear import QuantizedLinear
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lorax")
 
 # The names by which PEFT knows an embedding or a head that may be tied.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")

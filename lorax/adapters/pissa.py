@@ -175,6 +175,7 @@ for _name, _title in (("pissa", "PiSSA"), ("olora", "OLoRA")):
             _name,
             LoRAConfig,
             title=_title,
+            in_peft=True,
             summary=lambda config, title=_title: (  # type: ignore[misc]
                 f"{title} of rank {config.r}, lora_alpha {config.lora_alpha:g}"
             ),

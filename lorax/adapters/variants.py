@@ -56,7 +56,8 @@ class Variant:
         around a module; `add` starts anew, `insert` waits for a file's tensors.
 
     In files:
-    in_peft: whether PEFT opens its directory. tags: the card's, beside "lorax".
+    in_peft: whether PEFT opens its directory and computes the same.
+    tags: the card's, beside "lorax".
     saving: a config -> what to say in the log when it is saved, or None.
 
     Why not, for people, "" where it can be:
@@ -79,7 +80,7 @@ class Variant:
     trains_base: bool = False
     add: str | Callable[..., None] | None = None
     insert: str | Callable[..., None] | None = None
-    in_peft: bool = True
+    in_peft: bool = False
     tags: tuple[str, ...] = ()
     saving: Callable[[Any], str | None] | None = None
     no_merge: str = ""

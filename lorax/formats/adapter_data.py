@@ -28,7 +28,7 @@ from lorax.formats.peft_directory import (
 )
 from lorax.formats.safetensors_files import FLOATS, read_file
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lorax")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 

@@ -55,7 +55,7 @@ from lorax.formats.json_files import parse_json
 from lorax.quant.linear import QuantizedLinear
 from lorax.version import __version__
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lorax")
 
 MOST_NAMED = 5  # options that a message names
 KEY = "lorax.fingerprint"

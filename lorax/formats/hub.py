@@ -65,9 +65,7 @@ def find_model(path: str | os.PathLike[str], revision: str | None = None) -> Pat
         if not local.is_file():
             raise EnvironmentProblem(f"{local}: no such file; give the path of one that is there")
         if local.suffix != ".gguf":
-            raise FormatError(
-                f"{local}: expected a model directory, a .gguf file or a Hub id; give one"
-            )
+            raise FormatError(f"{local}: expected a model directory, a .gguf file or a Hub id")
         return local
     return _download(os.fspath(path), revision, MODEL_FILES, NO_MODEL_FILES)
 

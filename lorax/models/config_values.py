@@ -16,7 +16,7 @@ def size(values: dict[str, Any], key: str, where: str, null: int | None = None) 
     limit = _MAX_LAYERS if key in ("num_hidden_layers", "n_layer") else _MAX_SIZE
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
         raise FormatError(
-            f"{where}: {key} must be a whole number from 1 to {limit}, found {value!r}; mend it"
+            f"{where}: {key} must be a whole number from 1 to {limit}, found {value!r}"
         )
     return value
 
@@ -30,7 +30,7 @@ def number(values: dict[str, Any], key: str, where: str, null: float | None = No
         or not isinstance(value, int | float)
         or not 0 < value <= _MAX_NUMBER
     ):
-        raise FormatError(f"{where}: {key} must be a positive number, found {value!r}; mend it")
+        raise FormatError(f"{where}: {key} must be a positive number, found {value!r}")
     return float(value)
 
 
@@ -38,5 +38,5 @@ def flag(values: dict[str, Any], key: str, where: str) -> bool:
     """True or false."""
     value = values.get(key)
     if not isinstance(value, bool):
-        raise FormatError(f"{where}: {key} must be true or false, found {value!r}; mend it")
+        raise FormatError(f"{where}: {key} must be true or false, found {value!r}")
     return value

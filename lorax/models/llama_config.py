@@ -239,8 +239,7 @@ def read_sizes(values: dict[str, Any], where: str) -> dict[str, Any]:
     if heads % kv_heads or width % 2 or heads * width > 2**27:
         raise FormatError(
             f"{where}: {heads} heads over {kv_heads} key heads of width {width} do not fit; "
-            "expected "
-            "a multiple of the key heads and an even width; mend the config, or get it anew"
+            "expected a multiple of the key heads and an even width; get the config anew"
         )
     return {
         "vocab_size": size(values, "vocab_size", where),
@@ -297,8 +296,7 @@ def read_qwen(values: dict[str, Any], where: str) -> dict[str, Any]:
         first = values["max_window_layers"]
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise FormatError(
-                f"{where}: max_window_layers must be a whole number from 0, found {first!r}; "
-                "mend it"
+                f"{where}: max_window_layers must be a whole number from 0, found {first!r}"
             )
         layers = range(fields["num_hidden_layers"])
         types = tuple(SLIDING if layer >= first else FULL for layer in layers)

@@ -32,7 +32,7 @@ def read_rope(values: dict[str, Any], head_dim: int, where: str) -> dict[str, An
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise FormatError(f"{where}: rope_scaling must be an object, found {rope!r}; mend it")
+        raise FormatError(f"{where}: rope_scaling must be an object, found {rope!r}")
     kind = _kind(rope, ROPE_TYPES, where)
     part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if kind != "default" and part not in (None, 1.0):  # "default" does not look at it
@@ -74,7 +74,7 @@ def read_longrope(values: dict[str, Any], head_dim: int, where: str) -> dict[str
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise FormatError(f"{where}: rope_scaling must be an object, found {rope!r}; mend it")
+        raise FormatError(f"{where}: rope_scaling must be an object, found {rope!r}")
     kind = _kind(rope, ("default", "longrope", "su", "yarn"), where)
     part = number({"partial_rotary_factor": 1.0, **values, **rope}, "partial_rotary_factor", where)
     holder = rope if "rope_theta" in rope else {"rope_theta": 10000.0, **values}
@@ -86,7 +86,7 @@ def read_longrope(values: dict[str, Any], head_dim: int, where: str) -> dict[str
     if part > 1 or turns < 2 or turns % 2:
         raise FormatError(
             f"{where}: partial_rotary_factor {part} of heads of width {head_dim}; expected a share "
-            "that gives an even width of at least 2; mend it"
+            "that gives an even width of at least 2"
         )
     if kind == "default":
         return result
@@ -116,9 +116,7 @@ def _kind(rope: dict[str, Any], covered: tuple[str, ...], where: str) -> str:
 def _factors(rope: dict[str, Any], key: str, count: int, where: str) -> tuple[float, ...]:
     found = rope.get(key)
     if not isinstance(found, list) or len(found) != count:
-        raise FormatError(
-            f"{where}: {key} must be a list of {count} numbers, found {found!r:.60}; mend it"
-        )
+        raise FormatError(f"{where}: {key} must be a list of {count} numbers, found {found!r:.60}")
     return tuple(number({key: value}, key, where) for value in found)
 
 
@@ -147,9 +145,7 @@ def write_rope(config: LlamaConfig) -> dict[str, Any]:
 def _llama3(rope: dict[str, Any], original: int, where: str) -> Llama3Scaling:
     low, high = (number(rope, f"{end}_freq_factor", where) for end in ("low", "high"))
     if high <= low:
-        raise FormatError(
-            f"{where}: high_freq_factor {high} must be above low_freq_factor {low}; mend them"
-        )
+        raise FormatError(f"{where}: high_freq_factor {high} must be above low_freq_factor {low}")
     return Llama3Scaling(number(rope, "factor", where), low, high, original)
 
 
@@ -159,7 +155,7 @@ def _yarn(
     if "factor" not in rope or theta <= 1:
         found = f"found factor {rope.get('factor')!r} and rope_theta {theta}"
         raise FormatError(
-            f"{where}: rope_type yarn needs a factor, and a rope_theta above 1; {found}; mend them"
+            f"{where}: rope_type yarn: {found}; expected a factor, and a rope_theta above 1"
         )
     factor = number(rope, "factor", where, null=trained / original)
     size_of_waves = _mscale(factor)

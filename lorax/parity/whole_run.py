@@ -29,6 +29,7 @@ from lorax.data.examples import Example
 from lorax.errors import AdapterError, FormatError, UsageError
 from lorax.files import require
 from lorax.formats.huggingface import as_dtype, load_tokenizer, open_model_files
+from lorax.formats.json_files import read_json
 from lorax.formats.peft import save_adapter
 from lorax.formats.run_record import RECORD
 from lorax.parity.against_peft import load_peft, require_packages, version_of
@@ -92,11 +93,23 @@ def verify_run(
     recipe = Recipe.load(path / RECORD, run_plugins=False)
     _refuse(recipe, path)
     require_packages("peft", "transformers", *["bitsandbytes"] * bool(recipe.model.quantization))
+    _refuse_shared_dropout(recipe, path)
     recorded = [x for x in read_metrics(path / "metrics.jsonl") if isinstance(x.get("loss"), float)]
     if not recorded:
         raise FormatError(f"{path}/metrics.jsonl: no step is in it; expected a run that took one")
     with tempfile.TemporaryDirectory(prefix="lorax-verify-") as folder:
         return _Replay(recipe, path, recorded[:steps], Path(folder), say).report()
+
+
+def _refuse_shared_dropout(recipe: Recipe, path: Path) -> None:
+    """Each process drew dropout's numbers for itself, which one process cannot draw again."""
+    environment = path / "environment.json"
+    shared = read_json(environment).get("processes", 1) if environment.is_file() else 1
+    if shared != 1 and getattr(recipe.adapter, "lora_dropout", 0):
+        raise UsageError(
+            f"{environment}: the run was shared by {shared} processes, and drew dropout's numbers "
+            "in each; verify --run replays one process: give the run's adapter instead"
+        )
 
 
 def _refuse(recipe: Recipe, path: Path) -> None:

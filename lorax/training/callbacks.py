@@ -17,7 +17,6 @@ that raises ends it too, but first the step is saved as a checkpoint; `--resume`
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 
 from lorax.errors import PluginError, UsageError
 from lorax.models import Model
+from lorax.plugins import where_it_failed
 from lorax.training.metrics import Line
 
 Callback = Callable[[Line, Model], Any]
@@ -68,11 +68,9 @@ class Callbacks:
 def _reported(function: Callback, line: Line, error: Exception) -> PluginError:
     """The function, the place of its own code that failed, and why."""
     name = getattr(function, "__name__", type(function).__name__)
-    frames = traceback.extract_tb(error.__traceback__)
-    own = frames[min(1, len(frames) - 1)]  # frames[0] is `call`
     made = PluginError(
-        f"callback {name} failed at step {line['step']} ({own.filename}:{own.lineno}: "
-        f"{type(error).__name__}: {error}); mend it, or leave it out"
+        f"callback {name} failed at step {line['step']} ({where_it_failed(error)}); mend it, or "
+        "leave it out"
     )
     made.__cause__ = error
     return made

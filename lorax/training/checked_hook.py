@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorax.errors import PluginError
+from lorax.plugins import where_it_failed
 from lorax.training.hooks import Line, StepHook
 
 # What a run writes down of a step or an evaluation itself.
@@ -75,11 +75,9 @@ class CheckedHook(StepHook):
         try:
             return method(*arguments)
         except Exception as error:  # whatever the user's own code raises
-            frames = traceback.extract_tb(error.__traceback__)
-            own = frames[min(1, len(frames) - 1)]  # frames[0] is this method
             raise PluginError(
-                f"step hook {self.name!r}: {method.__name__} failed ({own.filename}:{own.lineno}: "
-                f"{type(error).__name__}: {error}); mend it, or leave it out"
+                f"step hook {self.name!r}: {method.__name__} failed ({where_it_failed(error)}); "
+                "mend it, or leave it out"
             ) from error
 
     def _problem(self, method: str, found: Any, expected: str) -> PluginError:

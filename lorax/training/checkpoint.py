@@ -32,7 +32,7 @@ from lorax.errors import EnvironmentProblem, FormatError
 from lorax.formats.disk import Disk, Writer, write_whole
 from lorax.formats.json_files import read_json
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lorax")
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")

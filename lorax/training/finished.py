@@ -19,7 +19,7 @@ from lorax.formats.peft import load_adapter
 from lorax.models import Model
 from lorax.training.evaluate import evaluate
 from lorax.training.loggers import Loggers
-from lorax.training.methods import model_dtype
+from lorax.training.methods import load_base, model_dtype
 from lorax.training.metrics import Line, MetricsFile, draw_loss, read_metrics
 from lorax.training.plan import load_rows
 from lorax.training.recipe import Recipe
@@ -40,13 +40,7 @@ def load_finished(
         model = load_model(run.result, model_dtype(recipe), settings.device)
         train_everything(model)  # a trained head's loss is summed another way than a frozen one's
     else:
-        model = load_model(
-            settings.path,
-            model_dtype(recipe),
-            settings.device,
-            settings.quantization,
-            revision=settings.revision,
-        )
+        model = load_base(recipe)
         load_adapter(model, run.result, trainable=True)
     lines, size = _whole_lines(run)
     has_rows = bool(recipe.data.eval_path or recipe.data.eval_fraction)
@@ -77,7 +71,7 @@ def _evaluate(
     run.lock()
     metrics = MetricsFile(run.metrics, size)
     try:
-        found = evaluate(model, rows, recipe.train.micro_batch_size, pad_id)
+        found = evaluate(model, rows, recipe.train.micro_batch_size, pad_id, recipe.room)
         metrics.write({"step": metrics.lines[-1]["step"], **found})
         Loggers(recipe.train.loggers, run.path, metrics.lines, goes_on=True).close()
         draw_loss(metrics.lines, run.picture)

@@ -149,7 +149,7 @@ def _train(
     model, tokenizer, plan = prepare(recipe, hooks)
     listener.planned(plan)
     if group.writes:
-        run.begin(recipe, resume)
+        run.begin(recipe, resume, group.size)
     try:
         training = Training(model, tokenizer, plan, run, listener, resume, callbacks, group)
         training.run_and_save(tokenizer)
@@ -189,7 +189,7 @@ class Training:
         self.device = next(model.parameters()).device
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, self.settings)
-        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.base_rates = [entry["lr"] for entry in self.optimizer.param_groups]
         self.warmup = warmup_steps(plan.total_steps, self.settings.warmup_ratio)
         self.rows_digest = digest_of_rows(plan.train_rows, plan.eval_rows)
         self.live = Live(model, self.optimizer, plan.hook, Progress(), {})
@@ -229,7 +229,7 @@ class Training:
             data.shuffle,
             data.group_by_length,
         )
-        with Signals() as signals:
+        with Signals(at_once=self.group.size == 1) as signals:
             for epoch, rows in islice(batches, progress.step, self.plan.total_steps):
                 self._step(epoch, rows)
                 self._evaluate_if_due()

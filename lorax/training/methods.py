@@ -17,7 +17,7 @@ from lorax.adapters.inject import add_adapter
 from lorax.adapters.variants import resolved
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import AdapterError
-from lorax.formats.huggingface import save_model
+from lorax.formats.huggingface import load_model, save_model
 from lorax.formats.peft import save_adapter
 from lorax.models import Model
 from lorax.training.hooks import HookFactory, Line, StepHook, with_hooks
@@ -107,6 +107,18 @@ def _nothing(model: Model) -> StepHook:
 def model_dtype(recipe: Recipe) -> str:
     """What the model is loaded in: full fine-tuning trains float32 weights."""
     return "float32" if recipe.variant.trains_base else str(recipe.model.dtype)
+
+
+def load_base(recipe: Recipe) -> Model:
+    """The base model as the recipe's [model] says."""
+    settings = recipe.model
+    return load_model(
+        settings.path,
+        model_dtype(recipe),
+        settings.device,
+        settings.quantization,
+        revision=settings.revision,
+    )
 
 
 def save_result(model: Model, tokenizer: Tokenizer, path: Path) -> None:

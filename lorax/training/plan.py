@@ -21,10 +21,10 @@ from lorax.data.rows import Row
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import RecipeError
-from lorax.formats.huggingface import load_model, load_tokenizer
+from lorax.formats.huggingface import load_tokenizer
 from lorax.models import Model
 from lorax.training.hooks import HookFactory, StepHook
-from lorax.training.methods import model_dtype, set_up
+from lorax.training.methods import load_base, set_up
 from lorax.training.packing import packing_of, packs_documents
 from lorax.training.recipe import Recipe
 from lorax.training.run_directory import RunDirectory
@@ -54,13 +54,7 @@ def prepare(
     settings = recipe.model
     tokenizer = load_tokenizer(settings.path, revision=settings.revision)
     examples, train_rows, eval_rows = load_rows(recipe, tokenizer)
-    model = load_model(
-        settings.path,
-        model_dtype(recipe),
-        settings.device,
-        settings.quantization,
-        revision=settings.revision,
-    )
+    model = load_base(recipe)
     steps = total_steps(recipe, len(train_rows))
     hook = set_up(model, tokenizer, recipe, steps, hooks)
     _check_fit(model, [*train_rows, *eval_rows])

@@ -74,8 +74,10 @@ class RunDirectory:
             hint = "; --resume goes on with the run there" if self.is_begun else ""
             raise UsageError(f"{error}{hint}") from None
 
-    def begin(self, recipe: Recipe, resume: bool) -> None:
+    def begin(self, recipe: Recipe, resume: bool, processes: int = 1) -> None:
         """Make the directory, lock it, and write down the recipe and the machine.
+
+        processes: how many share the run.
 
         Raises:
             EnvironmentProblem: another run is at work there, or the disk refuses.
@@ -86,7 +88,7 @@ class RunDirectory:
             if not (resume and self.is_begun):
                 check_free(self.path)  # once more: now nobody else writes there
             write_text_whole(self.config, recipe.to_toml())
-            text = json.dumps(environment(), indent=2) + "\n"
+            text = json.dumps(environment() | {"processes": processes}, indent=2) + "\n"
             write_text_whole(self.environment, text)
         except BaseException as error:
             self.release()

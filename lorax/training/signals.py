@@ -30,11 +30,15 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """Notes the signals that arrive inside a `with`; what was set before is set again after it.
 
+    at_once: whether a second one ends at once. Not under torchrun: it passes each Ctrl-C on to
+        processes that the terminal has told already, and ends them itself half a minute later.
+
     stop: the signal that asked for the end, or None.
     save: whether a checkpoint was asked for since this was last set to False.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool = True) -> None:
+        self._at_once = at_once
         self.stop: int | None = None
         self.save = False
         self._before: dict[int, Any] = {}
@@ -58,7 +62,7 @@ class Signals:
             signal.signal(number, handler)
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop is not None:
+        if self.stop is not None and self._at_once:
             raise Interrupted("at once: the step under way is lost", number)
         self.stop = number
 

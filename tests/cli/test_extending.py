@@ -43,6 +43,9 @@ def test_the_variant_trains_from_a_recipe_and_merges(folder, tmp_path):  # noqa:
         assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "UNIT_ROWS"
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "lorax loads it, with its plugin" in card
+    assert "PeftModel" not in card
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     before = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     ids = torch.arange(1, 9)[None]

@@ -45,11 +45,18 @@ HALF = b'{"step": 6, "eval_lo'
 
 
 @pytest.mark.parametrize(
-    ("method", "tail"), [("lora", b""), ("lora", HALF), ("dora", HALF), ("full", b"")]
+    ("method", "tail", "packing"),
+    [
+        ("lora", b"", False),
+        ("lora", HALF, True),
+        ("dora", HALF, False),
+        ("full", b"", False),
+    ],
 )
-def test_the_missing_line_is_made_up_for(folder, tmp_path, monkeypatch, method, tail):
-    lorax.train(recipe(folder, tmp_path / "whole", METHODS[method]))
-    asked = recipe(folder, tmp_path / "run", METHODS[method])
+def test_the_missing_line_is_made_up_for(folder, tmp_path, monkeypatch, method, tail, packing):
+    more = {"data.packing": packing, "data.max_length": 32}
+    lorax.train(recipe(folder, tmp_path / "whole", METHODS[method], **more))
+    asked = recipe(folder, tmp_path / "run", METHODS[method], **more)
     run = killed_in_last_evaluation(asked, monkeypatch, tail)
     lines = lorax.train(asked, resume=True).metrics
     assert lines == [json.loads(x) for x in run.metrics.read_text().splitlines()]

@@ -4,6 +4,7 @@ The faults are planted in lorax's own step, for the run or for the replay alone.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -72,6 +73,18 @@ def test_a_healthy_run_holds_to_its_last_step(healthy):
     assert totals["adapter tensor"].equal == totals["adapter tensor"].parts
     assert totals["gradient"].parts == totals["parameter"].parts == 6 * 2 * 3 * 7
     assert any("lora_A" in c.part and c.difference.relative > 0 for c in report.checks)
+
+
+def test_dropout_of_several_processes_is_refused(healthy, tmp_path):
+    shared = tmp_path / "shared"
+    shutil.copytree(healthy, shared)
+    environment = json.loads((shared / "environment.json").read_text())
+    assert environment["processes"] == 1
+    (shared / "environment.json").write_text(json.dumps(environment | {"processes": 2}))
+    with pytest.raises(UsageError, match="was shared by 2 processes, and drew dropout's numbers"):
+        verify_run(shared)
+    (shared / "environment.json").unlink()  # of a version before
+    assert verify_run(shared, 1).holds
 
 
 @pytest.mark.parametrize("name", HEALTHY)

@@ -105,6 +105,7 @@ lorax.register_variant(
         "vera",
         VeRAConfig,
         title="VeRA",
+        in_peft=True,
         summary=lambda config: f"VeRA of rank {config.r}, seed {config.projection_prng_key}",
         layer=VeRALinear,
         not_in_recipes=frozenset(

@@ -1,6 +1,8 @@
 """torchrun with 2 and 4 processes on a CPU: one process's run, shared out."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -92,6 +94,7 @@ def test_two_processes_then_four_from_their_checkpoint(folder, alone):
     assert said.stdout.count(f"adapter  {folder / 'shared' / 'adapter'}") == 1
     same_within_rounding(alone, folder / "shared")
     run = folder / "shared"
+    assert json.loads((run / "environment.json").read_text())["processes"] == 2
     for late in ("step-00000004", "step-00000006"):  # as if it had ended behind step 2 ...
         for file in (run / "checkpoints" / late).glob("*"):
             file.unlink()
@@ -120,6 +123,29 @@ def test_a_sharded_quantized_base(folder, quantization):
     more |= {"train.parallel": "fsdp"}
     torchrun(2, written(folder, name, dora, **more))
     same_within_rounding(whole, folder / name)
+
+
+@several
+def test_ctrl_c_saves_a_checkpoint_although_everybody_tells_everybody(folder):
+    """The terminal tells torchrun and all processes, and torchrun tells the processes again."""
+    path = written(folder, "stopped", **{"train.max_steps": 5000, "train.save_steps": 0})
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorax", "train"]
+    process = subprocess.Popen(
+        [sys.executable, *start, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if "loss" in line and "step     2" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        said = "".join(process.communicate(timeout=120))
+    finally:
+        process.kill()
+    assert "go on with: lorax train" in said
+    (checkpoint,) = (folder / "stopped" / "checkpoints").iterdir()
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert 2 <= state["progress"]["step"] < 5000
 
 
 @several

@@ -67,13 +67,11 @@ class AdaLoRAConfig(LoRAConfig):
         check_rank("target_r", self.target_r)
         super().__post_init__()
         if self.lora_alpha <= 0:
-            raise AdapterError(
-                f"lora_alpha is {self.lora_alpha}; AdaLoRA expects it above 0; mend it"
-            )
+            raise AdapterError(f"lora_alpha is {self.lora_alpha}; expected above 0 with AdaLoRA")
         if self.init_lora_weights not in (True, False):
             raise AdapterError(
-                f"init_lora_weights is {self.init_lora_weights!r}; AdaLoRA takes true or false; "
-                "mend it"
+                f"init_lora_weights is {self.init_lora_weights!r}; expected true or false with "
+                "AdaLoRA"
             )
         self._check_averages()
         self._check_steps()
@@ -134,19 +132,15 @@ class AdaLoRAConfig(LoRAConfig):
             if not booleans or len(mask) != self.init_r or not name.endswith(".lora_E"):
                 raise AdapterError(
                     f"rank_pattern[{name!r}]: expected a path that ends in .lora_E and a list of "
-                    f"init_r = {self.init_r} booleans; mend it"
+                    f"init_r = {self.init_r} booleans"
                 )
 
     def _check_averages(self) -> None:
         for key in ("beta1", "beta2"):
             if not 0 < getattr(self, key) < 1:
-                raise AdapterError(
-                    f"{key} is {getattr(self, key)!r}; expected 0 < {key} < 1; mend it"
-                )
+                raise AdapterError(f"{key} is {getattr(self, key)!r}; expected 0 < {key} < 1")
         if not 0 <= self.orth_reg_weight < float("inf"):
-            raise AdapterError(
-                f"orth_reg_weight is {self.orth_reg_weight!r}; expected 0 or more; mend it"
-            )
+            raise AdapterError(f"orth_reg_weight is {self.orth_reg_weight!r}; expected 0 or more")
 
     def _check_steps(self) -> None:
         if self.total_step is None or self.total_step < 1:
@@ -156,8 +150,8 @@ class AdaLoRAConfig(LoRAConfig):
             )
         if self.tinit < 0 or self.tfinal < 0 or self.deltaT < 1:
             raise AdapterError(
-                "tinit and tfinal begin at 0, deltaT at 1"
-                f"; found {self.tinit}, {self.tfinal} and {self.deltaT}; mend them"
+                f"tinit, tfinal and deltaT are {self.tinit}, {self.tfinal} and {self.deltaT}; "
+                "expected at least 0, 0 and 1"
             )
         if self.tinit >= self.last_allocation:
             raise AdapterError(
@@ -198,6 +192,7 @@ register_variant(
         "adalora",
         AdaLoRAConfig,
         title="AdaLoRA",
+        in_peft=True,
         summary=_summary,
         layer="lorax.adapters.adalora.layer:AdaLoRALinear",
         not_in_recipes=frozenset({"r", "total_step", "rank_pattern", *_NOT_FOR_ADALORA}),

@@ -56,12 +56,11 @@ class PromptTuningConfig(AdapterConfig):
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_VIRTUAL_TOKENS:
             raise AdapterError(
                 f"num_virtual_tokens is {n!r}; expected a whole number from 1 to "
-                f"{MAX_VIRTUAL_TOKENS}; mend it"
+                f"{MAX_VIRTUAL_TOKENS}"
             )
         if self.prompt_tuning_init not in INITS:
             raise AdapterError(
-                f"prompt_tuning_init is {self.prompt_tuning_init!r}; expected one of {INITS}; "
-                "mend it"
+                f"prompt_tuning_init is {self.prompt_tuning_init!r}; expected one of {INITS}"
             )
         has_text = bool(self.prompt_tuning_init_text)
         if self.prompt_tuning_init == "TEXT" and not has_text:
@@ -109,7 +108,7 @@ class PromptTuningConfig(AdapterConfig):
             if not isinstance(value, kind):
                 raise AdapterError(
                     f"{where}: {key} = {value!r} has the wrong type"
-                    f"; expected {getattr(kind, '__name__', kind)}; mend it"
+                    f"; expected {getattr(kind, '__name__', kind)}"
                 )
         if "num_virtual_tokens" not in values:
             raise AdapterError(
@@ -125,6 +124,7 @@ register_variant(
         "prompt-tuning",
         PromptTuningConfig,
         title="Prompt tuning",
+        in_peft=True,
         summary=lambda config: f"{config.num_virtual_tokens} virtual tokens in front of each row",
         not_in_recipes=frozenset(
             {
