@@ -33,7 +33,7 @@ COLOURS = {  # of the quantities, in the order in which they are computed
     "gradient": "#ee6677",
     "rows": "#332288",  # of whole runs (run_report.py)
     "norm": "#332288",
-    "clipped": "#ee6677",
+    "clipped": "#ee8866",
     "rate": "#332288",
     "parameter": "#44aa99",
     "record": "#882255",
@@ -336,10 +336,13 @@ def picture(checks: Sequence[Check]) -> bytes:
             "linewidths": 1.1,
         }
         axes.scatter(*points(failed), **ring, label="does not hold")
-    bound = next((c.bound for c in checks if c.quantity in ("output", "logits")), 1e-5)
-    axes.axhline(bound, color="#999999", lw=0.8, ls="--")
-    axes.annotate(f"bound of outputs, {bound:.0e}", (0, bound), fontsize=7, color="#666666",
-                  xytext=(2, 3), textcoords="offset points")  # fmt: skip
+    for quantity in ("output", "logits", "gradient"):  # of a whole run there are gradients only
+        bound = next((c.bound for c in checks if c.quantity == quantity), None)
+        if bound is not None:
+            axes.axhline(bound, color="#999999", lw=0.8, ls="--")
+            axes.annotate(f"bound of {quantity}, {bound:.0e}", (0, bound), fontsize=7,
+                          color="#666666", xytext=(2, 3), textcoords="offset points")  # fmt: skip
+            break
     axes.set_yscale("log")
     axes.axhspan(min(rows.values()) / 2, floor * 1.6, color="#f3f3f3", lw=0, zorder=0)
     axes.set_ylim(min(rows.values()) / 2, top * 2)
