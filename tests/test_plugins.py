@@ -34,10 +34,11 @@ HOOKS = Path(__file__).parent / "plugins" / "hooks.py"
 )  # fmt: skip
 def test_a_plugin_that_fails_is_one_line(text, word, tmp_path):
     (tmp_path / "mine.py").write_text(text)
+    before = set(sys.modules)
     with pytest.raises(PluginError, match=rf"mine\.py: {word}") as caught:
         lorax.load_plugin(tmp_path / "mine.py")
     assert "\n" not in str(caught.value)
-    assert not [name for name in sys.modules if name.endswith("_mine")]
+    assert not [name for name in set(sys.modules) - before if name.endswith("_mine")]
 
 
 def test_what_is_no_plugin(tmp_path):

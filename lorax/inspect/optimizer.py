@@ -153,7 +153,7 @@ def _step_lines(path: Path) -> Iterator[dict[str, Any]]:
         if "loss" not in line:
             continue
         for name in ("step", *(field.name for field in fields(PagingCounters))):
-            value = line.get(name, 0)
+            value = line.get(name, None if name == "step" else 0)
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int | float)

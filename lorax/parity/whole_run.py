@@ -95,6 +95,9 @@ def verify_run(
     require_packages("peft", "transformers", *["bitsandbytes"] * bool(recipe.model.quantization))
     _refuse_shared_dropout(recipe, path)
     recorded = [x for x in read_metrics(path / "metrics.jsonl") if isinstance(x.get("loss"), float)]
+    wanted = ("grad_norm", "learning_rate", "tokens")
+    if any(not isinstance(x.get(key), int | float) for x in recorded for key in wanted):
+        raise FormatError(f"{path}/metrics.jsonl: a step lacks one of {wanted}; get it anew")
     if not recorded:
         raise FormatError(f"{path}/metrics.jsonl: no step is in it; expected a run that took one")
     with tempfile.TemporaryDirectory(prefix="lorax-verify-") as folder:

@@ -7,7 +7,6 @@ parameters and the same rows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 from lorax.adapters.full import train_everything
@@ -20,7 +19,7 @@ from lorax.models import Model
 from lorax.training.evaluate import evaluate
 from lorax.training.loggers import Loggers
 from lorax.training.methods import load_base, model_dtype
-from lorax.training.metrics import Line, MetricsFile, draw_loss, read_metrics
+from lorax.training.metrics import Line, MetricsFile, draw_loss, parse_lines, read_metrics
 from lorax.training.plan import load_rows
 from lorax.training.recipe import Recipe
 from lorax.training.run_directory import RunDirectory
@@ -57,7 +56,7 @@ def _whole_lines(run: RunDirectory) -> tuple[list[Line], int]:
     try:
         content = run.metrics.read_bytes()
         size = content.rfind(b"\n") + 1
-        return [json.loads(line) for line in content[:size].splitlines()], size
+        return parse_lines(content[:size]), size
     except (OSError, ValueError):
         return read_metrics(run.metrics), 0  # says what is wrong
 

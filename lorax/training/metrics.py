@@ -70,7 +70,7 @@ class MetricsFile:
                 "It was changed since; begin anew in another train.output_dir"
             )
         try:
-            self.lines = [json.loads(line) for line in kept.splitlines()]
+            self.lines = parse_lines(kept)
         except ValueError as error:
             raise FormatError(f"{self._path}: damaged ({error}); begin anew elsewhere") from None
         self._file.truncate(length)
@@ -91,11 +91,29 @@ def read_metrics(path: Path) -> list[Line]:
         FormatError: it cannot be read, or is damaged.
     """
     try:
-        return [json.loads(line) for line in path.read_bytes().splitlines()]
+        return parse_lines(path.read_bytes())
     except (OSError, ValueError) as error:
         raise FormatError(
             f"{path}: cannot be read ({error}); expected one JSON object a line"
         ) from None
+
+
+def parse_lines(content: bytes) -> list[Line]:
+    """Each line as an object with its step.
+
+    Raises:
+        ValueError: one is damaged; the message has its number.
+    """
+    lines = []
+    for number, text in enumerate(content.splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            raise ValueError(f"line {number} is no object with a step")
+        lines.append(line)
+    return lines
 
 
 def draw_loss(lines: Sequence[Line], path: Path, warn: bool = True) -> None:

@@ -51,6 +51,8 @@ STATE = "checkpoints/step-00000004/optimizer.safetensors"
 FILES = {
     "metrics.jsonl": _kept,
     "metrics.jsonl inspected": inspect_optimizer,
+    "metrics.jsonl of a run that is finished": lambda run: read_metrics(run / "metrics.jsonl"),
+    "checkpoints/step-00000004/state.json": _checkpoint,
     "config.toml": lambda run: lorax.Recipe.load(run / "config.toml"),
     "config.toml as a record": lambda run: read_record(run / "adapter"),
     "checkpoints/step-00000004/manifest.json": _checkpoint,

@@ -12,6 +12,7 @@ from tiny_runs import recipe
 import lorax
 from lorax.data.batches import micro_batches
 from lorax.errors import NumericalStop, RecipeError, UsageError
+from lorax.models import Model
 from lorax.training.evaluate import evaluate
 from lorax.training.loop import Listener, prepare
 from lorax.training.loss import head_loss, summed_loss
@@ -199,13 +200,15 @@ def test_head_loss_over_a_frozen_head_against_cross_entropy(rows, dtype, monkeyp
 
 
 def test_a_head_that_trains_gets_its_gradient():
-    class Model:
-        lm_head = torch.nn.Linear(8, 11, bias=False)
-        logit_cap = None
+    class Embedded(Model):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.lm_head = torch.nn.Linear(8, 11, bias=False)
 
-        def hidden_states(self, ids, context):
+        def hidden_states(self, ids, context=None):
             return torch.nn.functional.one_hot(ids, 8).float()
 
     ids = torch.randint(0, 8, (2, 5))
-    summed_loss(Model(), ids, ids).backward()
-    assert Model.lm_head.weight.grad.abs().sum() > 0
+    model = Embedded()
+    summed_loss(model, ids, ids).backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
