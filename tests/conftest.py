@@ -92,6 +92,22 @@ def smollm2(smollm2_gguf):
 
 
 @pytest.fixture(scope="session")
+def smollm2_short(smollm2_gguf, tmp_path_factory):
+    """A directory of SmolLM2's first layers, in float32: its words, less of the work.
+
+    `make nightly` takes all 30 (LORAX_SMOLLM2_LAYERS).
+    """
+    from smollm2 import shorten
+
+    import lorax
+
+    directory = tmp_path_factory.mktemp("short") / "SmolLM2-135M-Instruct"
+    model = shorten(lorax.load_model(smollm2_gguf))
+    lorax.save_model(model, directory, tokenizer=lorax.load_tokenizer(smollm2_gguf))
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_gguf):
     import lorax
 

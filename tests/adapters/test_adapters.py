@@ -112,8 +112,8 @@ def test_merge_in_float32_and_unmerge_bit_equal(model):
     assert all(torch.equal(after[n], p) for n, p in base.items())
 
 
-def test_smollm2_merge_of_a_trained_adapter_in_float32(smollm2_gguf):
-    model = lorax.load_model(smollm2_gguf)
+def test_smollm2_merge_of_a_trained_adapter_in_float32(smollm2_short):
+    model = lorax.load_model(smollm2_short)
     lorax.add_adapter(model, lorax.LoRAConfig(r=8, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     ids = tokens(2, 64, 49152)
@@ -191,8 +191,8 @@ def test_disabled_adapter_gives_the_base_also_when_merged_or_failing(model):
     assert torch.equal(logits(model), adapted)
 
 
-def test_dropout_sleeps_in_eval_mode_and_while_generating(smollm2_gguf, smollm2_tokenizer):
-    model = lorax.load_model(smollm2_gguf)
+def test_dropout_sleeps_in_eval_mode_and_while_generating(smollm2_short, smollm2_tokenizer):
+    model = lorax.load_model(smollm2_short)
     filled(model, lora_dropout=0.5, target_modules=["q_proj"])
     ids = tokens(1, 8, 49152)
     model.eval()

@@ -412,8 +412,8 @@ def test_smollm2_against_peft(smollm2_gguf, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_merge_of_a_trained_adapter(smollm2_gguf):
-    mine = lorax.load_model(smollm2_gguf)
+def test_smollm2_merge_of_a_trained_adapter(smollm2_short):
+    mine = lorax.load_model(smollm2_short)
     lorax.add_adapter(mine, lorax.LoRAConfig(use_dora=True, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in mine.parameters() if p.requires_grad], lr=2e-3)
     ids = tokens(2, 64, 49152)

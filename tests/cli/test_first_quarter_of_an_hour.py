@@ -40,7 +40,10 @@ def test_there_are_six_lines_and_the_first_one_installs():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cell",
-    [Cell("llama", "GPT2Tokenizer", "transformers5"), Cell("gpt2", "GPT2Tokenizer", "old")],
+    [
+        Cell("llama", "GPT2Tokenizer", "transformers5"),
+        pytest.param(Cell("gpt2", "GPT2Tokenizer", "old"), marks=pytest.mark.nightly),
+    ],
     ids=str,
 )
 def test_the_lines_run_as_they_stand(cell, tmp_path):

@@ -594,13 +594,13 @@ def test_text_to_measure_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_over_nf4(smollm2_gguf, smollm2_tokenizer):
+def test_smollm2_over_nf4(smollm2_short, smollm2_tokenizer):
     """R13 on a real model, with an adapter that has learned its text for a few steps.
 
     float32 and dequantized: <= 1e-5 (8e-7 found); requantized as PEFT does: above 0.1 (R13 quotes
     0.115 to 0.26).
     """
-    model = lorax.load_model(smollm2_gguf, quantization="nf4-dq")
+    model = lorax.load_model(smollm2_short, quantization="nf4-dq")
     lorax.add_adapter(model, lorax.LoRAConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     ids = merging.sample(smollm2_tokenizer, 64, tokens=256)

@@ -57,10 +57,14 @@ def test_saved_model_opens_in_transformers(kind, tmp_path):
         assert torch.equal(again(ids).logits, theirs(ids).logits)
 
 
-def test_smollm2_against_transformers(smollm2, smollm2_gguf):
+@pytest.fixture(scope="module")
+def smollm2_in_transformers(smollm2_gguf):
     folder, file = smollm2_gguf.rsplit("/", 1)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    assert largest_difference(smollm2, theirs, tokens(2, 128, 49152)) <= 1e-4
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+
+
+def test_smollm2_against_transformers(smollm2, smollm2_in_transformers):
+    assert largest_difference(smollm2, smollm2_in_transformers, tokens(2, 128, 49152)) <= 1e-4
 
 
 def test_smollm2_tokenizer_against_transformers(smollm2_tokenizer, smollm2_gguf):
@@ -189,14 +193,13 @@ def test_models_come_frozen_and_in_eval_mode(tmp_path):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_generation_against_transformers(smollm2, smollm2_tokenizer, smollm2_gguf):
-    folder, file = smollm2_gguf.rsplit("/", 1)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+def test_generation_against_transformers(smollm2, smollm2_tokenizer, smollm2_in_transformers):
     prompt = smollm2_tokenizer.apply_chat_template(
         [{"role": "user", "content": "Name three colours."}], add_generation_prompt=True
     )
     ids = torch.tensor([smollm2_tokenizer.encode(prompt)])
-    made = theirs.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=2, pad_token_id=2)
+    how = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": 2, "pad_token_id": 2}
+    made = smollm2_in_transformers.generate(ids, **how)
     expected = smollm2_tokenizer.decode(made[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
     assert lorax.generate(smollm2, smollm2_tokenizer, prompt, max_new_tokens=24) == expected
 

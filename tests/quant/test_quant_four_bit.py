@@ -349,7 +349,7 @@ def test_r7_ordinary_weights_do_get_double_quantization(smollm2):
             assert lorax.quantize(module.weight, "nf4-dq").format == "nf4-dq"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_r8_more_than_2_31_values():
     """The last block of a tensor that no int32 can index."""
     psutil = pytest.importorskip("psutil")

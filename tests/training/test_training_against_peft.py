@@ -123,11 +123,10 @@ def test_twenty_steps(case, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use_dora", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_twenty_steps_of_smollm2(use_dora, smollm2_gguf, tmp_path):
-    folder, file = smollm2_gguf.rsplit("/", 1)
-    base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+def test_twenty_steps_of_smollm2(use_dora, smollm2_short, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(smollm2_short, dtype=torch.float32)
     config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
-    compare_runs(get_peft_model(base, config), lorax.load_model(smollm2_gguf), tmp_path)
+    compare_runs(get_peft_model(base, config), lorax.load_model(smollm2_short), tmp_path)
 
 
 def compare_runs(start, mine, tmp_path, plus=False):
