@@ -1,4 +1,4 @@
-"""README's blocks that add a variant, a step hook and a model do what they say."""
+"""The blocks of README and docs/extending.md that add something do what they say."""
 
 import json
 import re
@@ -12,13 +12,14 @@ from tiny_runs import folder  # noqa: F401 - a fixture
 
 import lorax
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+TEXT = "".join((ROOT / name).read_text() for name in ("README.md", "docs/extending.md"))
 
 
 def block_with(call):
-    found = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if call in b]
+    found = [b for b in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if call in b]
     assert len(found) == 1
-    return "import lorax\n" + found[0]
+    return found[0]
 
 
 def test_the_variant_trains_from_a_recipe_and_merges(folder, tmp_path):  # noqa: F811
@@ -77,7 +78,7 @@ def test_the_step_hook_writes_into_the_metrics(folder, tmp_path):  # noqa: F811
 
 
 def test_the_model_against_transformers(tmp_path):
-    exec(block_with("register_model"), {})  # noqa: S102 - README's own lines
+    exec(block_with("register_model"), {})  # noqa: S102 - the page's own lines
     torch.manual_seed(0)
     config = transformers.SeedOssConfig(
         vocab_size=64,
