@@ -41,7 +41,7 @@ class LoRAEmbedding(AdapterLayer):
 
     @classmethod
     def wrap(cls, base: nn.Module, name: str, config: LoRAConfig, shared: Any) -> Self:
-        """See `AdapterLayer.wrap`."""
+        """The layer around an Embedding, with the config's rank and scale for its path."""
         assert isinstance(base, nn.Embedding)
         return cls(base, config.rank(name), config.scaling(name))
 

@@ -81,7 +81,7 @@ class LoftQLinear(LoRALinear):
 
     @classmethod
     def wrap(cls, base: nn.Module, name: str, config: LoRAConfig, shared: Any) -> Self:
-        """See `AdapterLayer.wrap`."""
+        """The layer around a Linear, with the config's rank, scale and format for its path."""
         return cls(
             base,
             config.rank(name),
@@ -134,7 +134,7 @@ class LoftQLinear(LoRALinear):
         return as_lora(self, self.frozen)
 
     def stored_base(self) -> Tensor:
-        """Q, which PEFT takes for the base."""
+        """Q, the quantized weight, decoded: PEFT loads a LoftQ adapter over it, not over W."""
         return self.frozen_weight()
 
 

@@ -60,7 +60,7 @@ class LoRALinear(AdapterLayer):
 
     @classmethod
     def wrap(cls, base: nn.Module, name: str, config: LoRAConfig, shared: Any) -> Self:
-        """See `AdapterLayer.wrap`."""
+        """The layer around a Linear, with the config's rank and scale for its path."""
         more = {"lora_bias": True} if config.lora_bias else {}
         return cls(base, config.rank(name), config.scaling(name), config.lora_dropout, **more)
 

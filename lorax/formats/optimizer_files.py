@@ -39,7 +39,7 @@ class StateTensor:
 
     @property
     def values(self) -> int:
-        """Its number of values."""
+        """How many values the tensor has."""
         return math.prod(self.shape)
 
     @property

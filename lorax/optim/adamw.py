@@ -78,16 +78,16 @@ class FloatMoments(Moments):
         self.kind = (FloatMoments, dtype)
 
     def nbytes(self, elements: int) -> int:
-        """See `Moments`."""
+        """Bytes for both moments, each aligned."""
         return 2 * round_up(elements * self.dtype.itemsize, ALIGNMENT)
 
     def bind(self, memory: Tensor, elements: int) -> None:
-        """See `Moments`."""
+        """Lay both over `memory` (bytes,) uint8."""
         self.exp_avg, behind = carve(memory, 0, self.dtype, elements)
         self.exp_avg_sq, _ = carve(memory, behind, self.dtype, elements)
 
     def state(self, start: int, shape: torch.Size) -> dict[str, Tensor]:
-        """See `Moments`."""
+        """Views of a parameter's moments, in its shape, as torch's AdamW names them."""
         stop = start + shape.numel()
         return {
             "exp_avg": self.exp_avg[start:stop].view(shape),
@@ -95,12 +95,12 @@ class FloatMoments(Moments):
         }
 
     def read(self, start: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """See `Moments`."""
+        """Copies of a parameter's moments, in its shape."""
         state = self.state(start, shape)
         return state["exp_avg"].clone(), state["exp_avg_sq"].clone()
 
     def step_(self, p: Tensor, g: Tensor, start: int, hyper: Hyperparameters) -> None:
-        """See `Moments`."""
+        """Step p (n,) along g (n,), whose moments begin at `start`."""
         stop = start + p.numel()
         adamw_(p, g, self.exp_avg[start:stop], self.exp_avg_sq[start:stop], hyper)
 
@@ -111,7 +111,7 @@ class FloatMoments(Moments):
         states: Sequence[State],
         steps: Sequence[AdamWStep],
     ) -> None:
-        """See `Moments`."""
+        """Step all of them in one launch of the Triton kernel."""
         kernels = import_module("lorax.kernels.adamw")  # needs triton
         columns = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
         kernels.adamw(params, grads, *columns, steps)

@@ -123,12 +123,12 @@ class CodedMoments(Moments):
         self.kind = (CodedMoments, block_size)
 
     def nbytes(self, elements: int) -> int:
-        """See `Moments`."""
+        """Bytes for the codes and float32 scales of both moments, each aligned."""
         scales = number_of_blocks(elements, self.block_size) * 4
         return 2 * (round_up(elements, ALIGNMENT) + round_up(scales, ALIGNMENT))
 
     def bind(self, memory: Tensor, elements: int) -> None:
-        """See `Moments`."""
+        """Lay codes and scales over `memory` (bytes,) uint8; all codes mean zero."""
         blocks = number_of_blocks(elements, self.block_size)
         self.exp_avg, behind = carve(memory, 0, torch.uint8, elements)
         self.exp_avg_absmax, behind = carve(memory, behind, torch.float32, blocks)
@@ -137,7 +137,7 @@ class CodedMoments(Moments):
         self.exp_avg.fill_(SIGNED_ZERO)  # what alignment leaves behind a tensor must read as zero
 
     def state(self, start: int, shape: torch.Size) -> dict[str, Tensor]:
-        """See `Moments`."""
+        """Views of a parameter's codes, in its shape, and of its blocks' scales (blocks,)."""
         stop = start + shape.numel()
         first, last = start // self.block_size, number_of_blocks(stop, self.block_size)
         return {
@@ -148,7 +148,7 @@ class CodedMoments(Moments):
         }
 
     def read(self, start: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """See `Moments`."""
+        """A parameter's moments, decoded to float32, in its shape."""
         state = self.state(start, shape)
         moments = []
         names = ("exp_avg", "exp_avg_sq")
@@ -160,7 +160,7 @@ class CodedMoments(Moments):
         return moments[0], moments[1]
 
     def step_(self, p: Tensor, g: Tensor, start: int, hyper: Hyperparameters) -> None:
-        """See `Moments`."""
+        """Step p (n,) along g (n,), whose codes begin at `start`, the first of a block."""
         stop = start + p.numel()
         blocks = slice(start // self.block_size, stop // self.block_size)
         adamw_8bit_(
@@ -181,7 +181,7 @@ class CodedMoments(Moments):
         states: Sequence[dict[str, Tensor]],
         steps: Sequence[AdamWStep],
     ) -> None:
-        """See `Moments`."""
+        """Step all of them in one launch of the Triton kernel."""
         if not params:
             return
         kernels = import_module("lorax.kernels.adamw")  # needs triton

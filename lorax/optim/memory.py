@@ -36,13 +36,13 @@ class OrdinaryMemory(Memory):
     """Plain torch allocations; `walk` yields the pages as they are."""
 
     def allocate(self, nbytes: int, device: torch.device) -> Tensor:
-        """See `Memory`."""
+        """(nbytes,) uint8 of torch's allocator, zeroed."""
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
     def walk(self, pages: Sequence[Page]) -> Iterator[Page]:
-        """See `Memory`."""
+        """The pages in order."""
         yield from pages
 
     def fresh(self) -> Memory:
-        """See `Memory`."""
+        """Another one; nothing to carry over."""
         return OrdinaryMemory()

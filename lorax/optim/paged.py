@@ -70,7 +70,7 @@ class PagedMemory(Memory):
         self._ordinary = OrdinaryMemory()
 
     def allocate(self, nbytes: int, device: torch.device) -> Tensor:
-        """See `Memory`."""
+        """(nbytes,) uint8, zeroed: managed memory on CUDA, plain memory elsewhere."""
         if device.type != "cuda":
             return self._ordinary.allocate(nbytes, device)
         if device not in self._pagers:
@@ -81,7 +81,7 @@ class PagedMemory(Memory):
             return block.tensor(device)
 
     def walk(self, pages: Sequence[Page]) -> Iterator[Page]:
-        """See `Memory`."""
+        """The pages in order; on CUDA the next one is fetched while this one is used."""
         for device in dict.fromkeys(page.memory.device for page in pages):
             here = [page for page in pages if page.memory.device == device]
             if device in self._pagers:
@@ -90,7 +90,7 @@ class PagedMemory(Memory):
                 yield from here
 
     def fresh(self) -> Memory:
-        """See `Memory`."""
+        """Empty, with the same settings."""
         return PagedMemory(self.write_back, self.forced_pressure)
 
     def __reduce__(self) -> tuple[type[PagedMemory], tuple[bool, bool]]:

@@ -390,7 +390,7 @@ def require_packages(*packages: str) -> None:
 
 
 def version_of(package: str) -> str:
-    """Of an installed package."""
+    """The version of an installed package."""
     from importlib.metadata import version
 
     return version(package)

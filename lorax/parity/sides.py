@@ -193,7 +193,7 @@ class LoraxSide(Side):
         return base.weight
 
     def packed(self, base: nn.Module) -> dict[str, Tensor]:
-        """Of lorax's FourBitTensor."""
+        """The bytes and scales of a four-bit weight, as lorax holds them; else {}."""
         if not isinstance(base, QuantizedLinear) or not isinstance(base.quantized, FourBitTensor):
             return {}
         q = base.quantized
@@ -318,7 +318,7 @@ class PeftSide(Side):
         return base.weight.t() if isinstance(base, self._conv1d) else base.weight
 
     def packed(self, base: nn.Module) -> dict[str, Tensor]:
-        """Of bitsandbytes' Params4bit."""
+        """The bytes and scales of a four-bit weight, as bitsandbytes holds them; else {}."""
         state: Any = getattr(base.weight, "quant_state", None)
         if state is None:
             return {}

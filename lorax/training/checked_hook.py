@@ -68,7 +68,7 @@ class CheckedHook(StepHook):
         raise self._problem("state", found, "({name: number}, {name: tensor})")
 
     def load_state(self, numbers: Line, tensors: dict[str, Tensor]) -> None:
-        """See `state`."""
+        """Give the hook back what its `state` gave."""
         self._call(self.hook.load_state, numbers, tensors)
 
     def _call(self, method: Callable[..., Any], *arguments: Any) -> Any:

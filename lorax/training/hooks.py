@@ -96,7 +96,7 @@ class SeveralHooks(StepHook):
         return {name: numbers for name, (numbers, _) in states.items()}, tensors
 
     def load_state(self, numbers: Line, tensors: dict[str, Tensor]) -> None:
-        """See `state`."""
+        """Give each hook its own part of what `state` gave."""
         for name, hook in self.hooks.items():
             start = f"{name}/"
             own = {

@@ -56,7 +56,7 @@ class AdaLoRAHook(StepHook):
         return self._allocator.state()
 
     def load_state(self, numbers: Line, tensors: dict[str, Tensor]) -> None:
-        """See `state`."""
+        """Set the allocator to what `state` gave."""
         self._allocator.load_state(numbers, tensors)
 
 

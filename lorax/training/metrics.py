@@ -57,7 +57,7 @@ class MetricsFile:
         return self._file.tell()
 
     def close(self) -> None:
-        """No more lines."""
+        """Close the file; no line can be written after it."""
         with contextlib.suppress(OSError):  # a full disk: `write` has said so
             self._file.close()
 

@@ -77,7 +77,7 @@ class Processes:
         return values
 
     def from_writer(self, value: Any) -> Any:
-        """What process 0 has; all wait for it."""
+        """Process 0's value, in every process; each waits until it is there."""
         return value
 
     def seed(self, seed: int, step: int) -> None:

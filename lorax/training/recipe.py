@@ -307,7 +307,7 @@ class Recipe(Section):
 
     @property
     def variant(self) -> Variant:
-        """What [adapter] asks for, of those that are registered."""
+        """The registered variant that [adapter]'s `method` names."""
         return methods()[self.adapter.method]
 
     @property
