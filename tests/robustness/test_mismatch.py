@@ -37,10 +37,10 @@ import copy
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from named_tests import is_there, named_in
 from oracles import gpt2, llama, peft_model, tokens
 from peft import PeftModel
 from safetensors import safe_open
@@ -56,12 +56,9 @@ CONFIG = "adapter_config.json"
 LAYER = "base_model.model.model.layers.1.self_attn.q_proj"
 
 
-@pytest.mark.parametrize("name", re.findall(r"test_\w+::test_\w+", __doc__))
+@pytest.mark.parametrize("name", named_in(__doc__))
 def test_the_cases_of_other_files_are_there(name):
-    file, _, test = name.partition("::")
-    (path,) = Path(__file__).parents[1].rglob(f"{file}.py")
-    source = path.read_text()
-    assert re.search(rf"^def {test}\(", source, re.MULTILINE)
+    assert is_there(name)
 
 
 def logits(model):
