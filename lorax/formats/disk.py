@@ -18,6 +18,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from lorax.errors import EnvironmentProblem
+
 Writer = Callable[[Path], object]  # writes one whole file at the path that it is given
 
 
@@ -77,18 +79,37 @@ def write_whole(target: Path, files: dict[str, Writer], disk: Disk) -> None:
 
 
 def write_text_whole(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 that appears whole, or not at all; what was there stays till then.
+    """`write_bytes_whole` of a text in UTF-8."""
+    write_bytes_whole(path, text.encode())
+
+
+def write_report(path: Path, content: bytes) -> None:
+    """`write_bytes_whole` of a page or picture that a user asked for.
+
+    Raises:
+        EnvironmentProblem: it cannot be written.
+    """
+    try:
+        write_bytes_whole(path, content)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{path}: cannot be written ({error.strerror}); give another path"
+        ) from None
+
+
+def write_bytes_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole, or not at all; what was there stays till then.
 
     Raises:
         OSError: the disk is full or refuses; nothing is left of the attempt.
     """
     if path.exists() and not path.is_file():  # a pipe, a terminal
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
     target = path.resolve()  # through a link
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -31,8 +31,8 @@ from rich.text import Text
 from lorax.data.batches import fill
 from lorax.data.examples import Example, load_examples
 from lorax.data.tokenizer import Tokenizer
-from lorax.errors import EnvironmentProblem, UsageError
-from lorax.formats.disk import write_text_whole
+from lorax.errors import UsageError
+from lorax.formats.disk import write_report
 from lorax.formats.huggingface import load_tokenizer
 from lorax.training.packing import Packing, first_epoch, packing_of
 from lorax.training.plan import held_out
@@ -290,9 +290,4 @@ def write_html(report: DataReport, path: Path) -> None:
     env = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = env.get_template("data.html.jinja")
     text = page.render(report=report, histogram=histogram(report.lengths))
-    try:
-        write_text_whole(path, text)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{path}: cannot be written ({error.strerror}); give another path"
-        ) from None
+    write_report(path, text.encode())

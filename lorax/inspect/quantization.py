@@ -6,6 +6,7 @@ the RMS error relative to the tensor's own RMS, and the rows that come off worst
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from lorax.formats.disk import write_report
 from lorax.formats.huggingface import load_model, quantizable
 from lorax.quant.quantize import quantize
 
@@ -180,7 +182,11 @@ def to_json(errors: Sequence[TensorError]) -> str:
 
 
 def plot(errors: Sequence[TensorError], path: Path) -> None:
-    """Draw the relative RMS error of each tensor, in the model's order, a line a format, as PNG."""
+    """Draw the relative RMS error of each tensor, in the model's order, a line a format, as PNG.
+
+    Raises:
+        EnvironmentProblem: it cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -198,4 +204,6 @@ def plot(errors: Sequence[TensorError], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=120)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
+    write_report(path, data.getvalue())

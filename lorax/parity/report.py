@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorax.errors import EnvironmentProblem
-from lorax.formats.disk import write_text_whole
+from lorax.formats.disk import write_report
 from lorax.parity.difference import Difference
 
 if TYPE_CHECKING:
@@ -230,12 +229,7 @@ class Report:
             modules=_by_module(self.checks),
             bounds=list(dict.fromkeys((c.quantity, c.source) for c in self.checks)),
         )
-        try:
-            write_text_whole(path, page)
-        except OSError as error:
-            raise EnvironmentProblem(
-                f"{path}: cannot be written ({error.strerror}); give another path"
-            ) from None
+        write_report(path, page.encode())
 
 
 def _where(first: dict[str, str]) -> str:

@@ -63,6 +63,10 @@ COMMANDS = {
     "merge": (["merge", "run/adapter", "OUT"], 3000),
     "quantize": (["quantize", "model", "OUT"], 3000),
     "verify --html": (["verify", "run/adapter", "--tokens", "16", "--html", "OUT"], 3000),
+    "merge --report": (["merge", "run/adapter", "OUT", "--report", "--tokens", "16"], 3000),
+    "verify --run --html": (["verify", "--run", "run", "--html", "OUT"], 40_000),
+    "adapter add": (["adapter", "add", "run/adapter", "--weights", "1", "--output", "OUT"], 300),
+    "inspect quantization": (["inspect", "quantization", "model", "--plot", "OUT"], 3000),
     "inspect data --html": (["inspect", "data", "run/config.toml", "--html", "OUT"], 300),
 }
 
@@ -72,7 +76,8 @@ def test_a_command_is_one_line_and_leaves_nothing(folder, tmp_path, name):
     arguments, size = COMMANDS[name]
     out = tmp_path / "out"
     paths = {"OUT": out, "model": folder / "model", "run/adapter": folder / "run/adapter",
-             "run/config.toml": folder / "run/config.toml"}  # fmt: skip
+             "run/config.toml": folder / "run/config.toml",
+             "run": folder / "run"}  # fmt: skip
     before = seen(folder)
     said = refused(*(paths.get(a, a) for a in arguments), size=size)
     assert str(tmp_path) in said
