@@ -24,7 +24,11 @@ except ImportError:
     hypothesis = None  # a bare GPU machine; the tests that draw examples do not run there
 else:
     # No deadline: these machines are noisy. `ci` draws the same examples each time.
-    hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+    ci = hypothesis.settings(deadline=None, max_examples=40, derandomize=True)
+    hypothesis.settings.register_profile("ci", ci)
+    # Where a planted fault fails a test, no smaller example of it is looked for.
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    hypothesis.settings.register_profile("mutants", ci, phases=phases)
     hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

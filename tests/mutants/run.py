@@ -72,6 +72,7 @@ def copy_tree(target: Path) -> None:
 def preload() -> None:
     """Import once what each run of the tests needs, as tests/conftest.py would; never lorax."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["HYPOTHESIS_PROFILE"] = "mutants"
     import torch
 
     if not torch.cuda.is_available():
