@@ -47,8 +47,8 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate")
 SIDES = ("trainer", "trainer by 4", "trainer grouped", "lorax", "lorax grouped", "lorax packed")
 
 
-def make_folder(folder: Path, rows: int = ROWS) -> None:
-    """A Llama of 256 x 4, a tokenizer of a token a word, and rows of words."""
+def make_folder(folder: Path, rows: int = ROWS, layers: int = 4, positions: int = 1024) -> None:
+    """A Llama of width 256, a tokenizer of a token a word, and rows of words."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -66,10 +66,10 @@ def make_folder(folder: Path, rows: int = ROWS) -> None:
         vocab_size=WORDS,
         hidden_size=256,
         intermediate_size=1024,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=positions,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
