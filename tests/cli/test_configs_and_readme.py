@@ -120,10 +120,10 @@ def python_pages():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", python_pages(), ids=lambda page: str(page.relative_to(ROOT)))
-def test_python_blocks_run(page, tmp_path, smollm2_gguf):
-    """One after the other in one program, with the GGUF file in the place of the Hub's name."""
+def test_python_blocks_run(page, tmp_path, smollm2_short):
+    """One after the other in one program, with a directory in the place of the Hub's name."""
     code = "\n".join(blocks(page, "python"))
-    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", smollm2_gguf)
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", smollm2_short)
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
     )
