@@ -245,12 +245,12 @@ def test_the_revision_reaches_the_hub(folder, tmp_path, monkeypatch):
     lorax.load_model("someone/model", revision="v2")
     lorax.load_tokenizer("someone/model", revision="v3")
     assert asked == [("someone/model", "v2"), ("someone/model", "v3")]
-    asked.clear()
-    loop.prepare(
-        recipe(folder, tmp_path, **{"model.path": "someone/model", "model.revision": "v4"})
-    )
-    assert len(asked) >= 2
-    assert set(asked) == {("someone/model", "v4")}
+    hub = {"model.path": "someone/model", "model.revision": "v4", "train.max_steps": 1}
+    for resume in (False, True):  # a run, and the finished run again
+        asked.clear()
+        lorax.train(recipe(folder, tmp_path / "run", **hub), resume=resume)
+        assert len(asked) >= 2
+        assert set(asked) == {("someone/model", "v4")}
 
 
 def test_the_eos_token_id_of_config_json_is_read(tmp_path):
