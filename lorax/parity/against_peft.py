@@ -14,14 +14,10 @@ up, lorax the adapter down), which moves gradients by up to 22 % on SmolLM2: a f
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +30,6 @@ from lorax.adapters.stated import adapter_config
 from lorax.adapters.variants import of_file
 from lorax.errors import (
     AdapterError,
-    EnvironmentProblem,
     FormatError,
     LoraxError,
     UsageError,
@@ -50,9 +45,10 @@ from lorax.formats.places import Place, as_trained, needed_adapter, stated_base
 from lorax.formats.safetensors_files import read_file, read_metadata
 from lorax.models import Model
 from lorax.parity import causes
-from lorax.parity.bases import DTYPE, files_for_transformers, float32_base
+from lorax.parity.bases import files_for_transformers, float32_base
 from lorax.parity.compare import NESTED_BOUND, compare
 from lorax.parity.difference import EXACT, NESTED, difference
+from lorax.parity.load_peft import load_peft, peft_versions, require_packages, short_line
 from lorax.parity.report import FINGERPRINT, Check, Report
 from lorax.parity.rows import batch, random_batch
 from lorax.parity.sides import LoraxSide, PeftSide, packed_by_bitsandbytes
@@ -164,7 +160,7 @@ class _Job:
         report = Report(
             adapter=str(self.adapter),
             base=self.base,
-            against=f"peft {version_of('peft')}, transformers {version_of('transformers')}",
+            against=peft_versions(),
             quantization=self.quantization,
             tokens=ids.numel(),
             reference=None if reference is None else str(reference),
@@ -182,7 +178,7 @@ class _Job:
             rows = model.config.vocab_size if self.resize_vocabulary else None
             theirs, said = load_peft(directory, base, self.dtype, rows)
         except Exception as error:  # PEFT raises whatever it meets
-            reason = f"PEFT does not load it: {type(error).__name__}: {_one_line(error)}"
+            reason = f"PEFT does not load it: {type(error).__name__}: {short_line(error)}"
             refusals = report.refusals | {"peft": reason}
             return replace(report, refusals=refusals, notes=self.notes)
         self.notes += said
@@ -257,7 +253,7 @@ class _Job:
             with torch.no_grad():
                 logits = theirs.logits_and_loss(ids)[0]
         except Exception as error:  # PEFT raises whatever it meets
-            refusals["peft"] = f"PEFT, too: {type(error).__name__}: {_one_line(error)}"
+            refusals["peft"] = f"PEFT, too: {type(error).__name__}: {short_line(error)}"
         else:
             finite = "finite" if logits.isfinite().all() else "not finite"
             self.notes.append(f"PEFT loads it{'' if said else ' without a word'}; its logits are "
@@ -299,58 +295,6 @@ def quantizer_checks(mine: LoraxSide, dense: Model) -> Iterator[Check]:
             yield Check(path, "quantizer", part, gap, bound, source, note)
 
 
-def load_peft(
-    adapter: Path, base: Path, dtype: torch.dtype = DTYPE, rows: int | None = None
-) -> tuple[PeftSide, list[str]]:
-    """The adapter in PEFT over transformers, trainable, in eval mode; and what PEFT warned of.
-
-    The base's weights are rounded to `dtype`, and then computed with in float32.
-    rows: the vocabulary's size, where it is to be another than the base's.
-    4-bit Linears compute in float32, backward too, and run in training mode (they have no dropout):
-    in eval mode bitsandbytes repacks them for another product on some CPUs.
-    """
-    for file in (CONFIG, TENSORS):
-        if not (adapter / file).is_file():
-            raise FormatError(
-                f"{adapter}: no {file}; expected a PEFT adapter directory; get it anew"
-            )
-    if read_json(adapter / CONFIG).get("megatron_config") is not None:
-        raise AdapterError(
-            f"{adapter / CONFIG}: megatron_config; PEFT would import what it names; remove the key"
-        )
-    with _quiet(), warnings.catch_warnings(record=True) as caught:
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
-
-        warnings.simplefilter("always")
-        base_model: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-        if rows is not None:
-            base_model.resize_token_embeddings(rows)
-        for module in base_model.modules():  # Gemma's: a buffer that was rounded with the weights
-            scale = getattr(module, "scalar_embed_scale", None)
-            if scale is not None:
-                module.embed_scale = torch.tensor(scale, dtype=DTYPE)
-        for parameter in base_model.parameters():
-            if parameter.is_floating_point():  # in 4-bit files some stay 16-bit, whatever is asked
-                parameter.data = parameter.data.to(DTYPE)
-        model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=True).eval()
-    said = [
-        f"PEFT warned: {_one_line(w.message)}"
-        for w in caught
-        if "/peft/" in w.filename.replace("\\", "/") and issubclass(w.category, UserWarning)
-    ]
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            linear: Any = module
-            linear.compute_dtype, linear.compute_type_is_set = DTYPE, True
-            linear.training = True
-            state.dtype = DTYPE
-    return PeftSide(model), list(dict.fromkeys(said))
-
-
 def _before_modules(first: list[Check], checks: list[Check]) -> list[Check]:
     """Put each of the first checks where its module's begin."""
     waiting: dict[str, list[Check]] = {}
@@ -373,31 +317,6 @@ def _adapter_directory(path: str | os.PathLike[str]) -> Path:
     if variant is not None and variant.no_verify:
         raise AdapterError(f"{directory}: {variant.no_verify}; give another")
     return directory
-
-
-def require_packages(*packages: str) -> None:
-    """Refuse to go on without them.
-
-    Raises:
-        EnvironmentProblem: with the command that installs them.
-    """
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise EnvironmentProblem(
-            f"verify holds lorax against {' and '.join(missing)}, which "
-            f"{'is' if len(missing) == 1 else 'are'} not installed: pip install {' '.join(missing)}"
-        )
-
-
-def version_of(package: str) -> str:
-    """The version of an installed package."""
-    from importlib.metadata import version
-
-    return version(package)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _tensor_in(message: str) -> tuple[str, str]:
@@ -436,23 +355,3 @@ def _ignored(theirs: PeftSide, directory: Path) -> list[str]:
     extra = [n for n in read_file(directory / TENSORS) if n not in kept]
     extra = [n for n in extra if not n.endswith(".base_layer.weight")]
     return [f"{causes.UNEXPECTED}: {', '.join(extra[:3])}"] if extra else []
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' and bitsandbytes' bars and messages off, and then as they were."""
-    from transformers.utils import logging as their_logging
-
-    third = logging.getLogger("bitsandbytes")
-    third_level = third.level
-    third.setLevel(logging.ERROR)
-    bars, level = their_logging.is_progress_bar_enabled(), their_logging.get_verbosity()
-    their_logging.disable_progress_bar()
-    their_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        their_logging.set_verbosity(level)
-        third.setLevel(third_level)
-        if bars:
-            their_logging.enable_progress_bar()

@@ -32,7 +32,6 @@ from lorax.formats.huggingface import as_dtype, load_tokenizer, open_model_files
 from lorax.formats.json_files import read_json
 from lorax.formats.peft import save_adapter
 from lorax.formats.run_record import RECORD
-from lorax.parity.against_peft import load_peft, require_packages, version_of
 from lorax.parity.bases import files_for_transformers, float32_base
 from lorax.parity.difference import (
     COMPUTED,
@@ -44,6 +43,7 @@ from lorax.parity.difference import (
     difference,
     gradient_bound,
 )
+from lorax.parity.load_peft import load_peft, peft_versions, require_packages
 from lorax.parity.peft_step import PeftSteps, rows_of_steps
 from lorax.parity.run_report import ORDER, RunReport, StepCheck
 from lorax.parity.sides import LoraxSide
@@ -217,7 +217,7 @@ class _Replay:
         return RunReport(
             adapter=str(self.path),
             base=settings.path,
-            against=f"peft {version_of('peft')}, transformers {version_of('transformers')}",
+            against=peft_versions(),
             quantization=settings.quantization,
             tokens=training.live.progress.tokens,
             checks=judge.in_order(),

@@ -19,10 +19,11 @@ from lorax import cli
 from lorax.adapters.attached import adapter_layers
 from lorax.errors import AdapterError, DataError, EnvironmentProblem, FormatError, UsageError
 from lorax.formats.tokenizer_files import write_tokenizer
-from lorax.parity.against_peft import batch, load_peft
 from lorax.parity.compare import compare
 from lorax.parity.difference import difference
+from lorax.parity.load_peft import load_peft
 from lorax.parity.report import Check, Report
+from lorax.parity.rows import batch
 from lorax.parity.sides import LoraxSide
 
 # Rows that are multiples of the block: bitsandbytes' AVX-512 decoder is right for these only.

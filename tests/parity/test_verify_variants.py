@@ -17,9 +17,10 @@ from variants import Variant, by_lorax, by_peft, make_base
 
 import lorax
 from lorax import cli
-from lorax.parity.against_peft import batch, load_peft
 from lorax.parity.compare import compare
+from lorax.parity.load_peft import load_peft
 from lorax.parity.report import Report
+from lorax.parity.rows import batch
 from lorax.parity.sides import LoraxSide
 
 R = {"r": 4, "lora_alpha": 6}
