@@ -26,6 +26,7 @@ import torch
 
 import lorax
 from lorax.demo import smollm2_path
+from lorax.training.fast.install import accelerated
 from lorax.training.loss import summed_loss
 
 CASES = [
@@ -57,13 +58,24 @@ def optimizing(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Call
     return step
 
 
-def lorax_side(method: str, dtype: str, shape: str, folder: str) -> Callable[[], None]:
+def lorax_side(
+    method: str, dtype: str, shape: str, folder: str, fast: bool = True
+) -> Callable[[], None]:
     quantization = "nf4-dq" if method == "qlora" else None
     model = lorax.load_model(folder, dtype, quantization=quantization)
     lorax.add_adapter(model, lorax.LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     ids = tokens(shape)
     count = ids[:, 1:].numel()
-    return optimizing(model, lambda: summed_loss(model, ids, ids) / count)
+
+    def loss() -> torch.Tensor:
+        with accelerated(model, fast):
+            return summed_loss(model, ids, ids) / count
+
+    return optimizing(model, loss)
+
+
+def plain_side(method: str, dtype: str, shape: str, folder: str) -> Callable[[], None]:
+    return lorax_side(method, dtype, shape, folder, fast=False)
 
 
 def peft_side(method: str, dtype: str, shape: str, folder: str) -> Callable[[], None]:
@@ -105,7 +117,7 @@ def floor_side(method: str, dtype: str, shape: str, folder: str) -> Callable[[],
     return step
 
 
-SIDES = {"lorax": lorax_side, "peft": peft_side, "floor": floor_side}
+SIDES = {"lorax": lorax_side, "peft": peft_side, "floor": floor_side, "plain": plain_side}
 
 
 def measure(case: str, folder: str, steps: int) -> dict[str, float]:

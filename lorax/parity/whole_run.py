@@ -49,6 +49,7 @@ from lorax.parity.run_report import ORDER, RunReport, StepCheck
 from lorax.parity.sides import LoraxSide
 from lorax.quant import codebooks
 from lorax.training.callbacks import Callbacks
+from lorax.training.fast.install import accelerated
 from lorax.training.loop import Listener, Training
 from lorax.training.methods import set_up
 from lorax.training.metrics import Line, read_metrics
@@ -207,7 +208,8 @@ class _Replay:
         self.say(f"{last} steps in both")
         torch.set_rng_state(generator)
         try:
-            training.run_steps()
+            with accelerated(model, self.recipe.train.fast):
+                training.run_steps()
         finally:
             training.metrics.close()
         judge.hold_record(self.recorded, training.metrics.lines, self.dtype)

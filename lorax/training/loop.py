@@ -38,6 +38,7 @@ from lorax.training.callbacks import Callback, Callbacks
 from lorax.training.checkpoint import clear_litter, newest_checkpoint, rotate, write_checkpoint
 from lorax.training.digests import StepDigests
 from lorax.training.evaluate import evaluate
+from lorax.training.fast.install import accelerated
 from lorax.training.finished import load_finished
 from lorax.training.hooks import HookFactory, StepHook
 from lorax.training.loggers import Loggers, check_installed
@@ -152,7 +153,8 @@ def _train(
         run.begin(recipe, resume, group.size)
     try:
         training = Training(model, tokenizer, plan, run, listener, resume, callbacks, group)
-        training.run_and_save(tokenizer)
+        with accelerated(model, recipe.train.fast):
+            training.run_and_save(tokenizer)
     except Interrupted:
         raise
     except KeyboardInterrupt:
@@ -222,13 +224,8 @@ class Training:
         if progress.step == 0:
             self._start()
         self.model.train()
-        batches = step_batches(
-            self.plan.train_rows,
-            self.settings.batch_size,
-            self.settings.seed,
-            data.shuffle,
-            data.group_by_length,
-        )
+        order = self.settings.seed, data.shuffle, data.group_by_length
+        batches = step_batches(self.plan.train_rows, self.settings.batch_size, *order)
         with Signals(at_once=self.group.size == 1) as signals:
             for epoch, rows in islice(batches, progress.step, self.plan.total_steps):
                 self._step(epoch, rows)

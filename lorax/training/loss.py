@@ -36,7 +36,8 @@ def summed_loss(
     hidden, targets = hidden[counted], labels[:, 1:][counted]  # (N, C), (N,)
     if type(model).logits is not Model.logits:  # a family whose head does more
         return F.cross_entropy(model.logits(hidden).float(), targets, reduction="sum")
-    return head_loss(hidden, model.lm_head, targets, model.logit_cap)
+    loss = getattr(model, "head_loss", head_loss)  # training/fast sets one of its own
+    return loss(hidden, model.lm_head, targets, model.logit_cap)
 
 
 def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, cap: float | None = None) -> Tensor:
@@ -58,8 +59,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None
     ) -> Tensor:
-        wants_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wants_gradient else None
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):

@@ -172,13 +172,14 @@ class TrainSection(Section):
         "ddp",
         description="Under torchrun: the whole base on every process, or its layers in shards.",
     )
+    fast: bool = Field(
+        True, description="On a CPU the hand-written step (training/fast): equal but for rounding."
+    )
     loggers: list[Literal["tensorboard", "trackio"]] = Field(
         default_factory=list, description="Where the numbers of metrics.jsonl go as well."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of rows, initialization and dropout.")
-    digests: bool = Field(
-        False, description="Leave a digest of each step, for `lorax inspect diff` of two runs."
-    )
+    digests: bool = Field(False, description="A digest of each step, for `lorax inspect diff`.")
 
 
 class AdapterSection(Section):
