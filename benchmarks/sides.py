@@ -47,7 +47,7 @@ class Side:
         return self.answers[-1]["seconds"]
 
     def finish(self) -> dict[str, Any]:
-        """Median of what each step said, seconds first, and the peak of resident memory in bytes."""
+        """Median of what each step said, and the peak of resident memory in bytes."""
         assert self.process.stdin is not None
         self.process.stdin.write("finish\n")
         self.process.stdin.flush()

@@ -128,28 +128,30 @@ class _Batch:
                 together.append(row)
             else:  # a new prompt; or, as in transformers, all of it once more behind the border
                 ids = torch.tensor([row.seen], device=self.device)  # (1, T)
-                context = self.cache.whole(row.slot)
-                hidden[row.index] = self.model.hidden_states(ids, context)[0, -1]
+                whole = self.cache.whole(row.slot)
+                hidden[row.index] = self.model.hidden_states(ids, whole)[0, -1]
                 row.has_begun = True
         if together:
             ids = torch.tensor([row.seen[-1:] for row in together], device=self.device)  # (B, 1)
-            context = self.cache.step([row.slot for row in together])
-            last = self.model.hidden_states(ids, context)[:, -1]  # (B, C)
+            step = self.cache.step([row.slot for row in together])
+            last = self.model.hidden_states(ids, step)[:, -1]  # (B, C)
             hidden |= {row.index: last[i] for i, row in enumerate(together)}
         logits = self.model.logits(torch.stack([hidden[row.index] for row in self.rows]))  # (B, V)
         if self.sampling.temperature == 0:
             return [int(token) for token in logits.float().argmax(-1).tolist()]
+        how = self.sampling.temperature, self.sampling.top_p
         return [
-            draw(row_logits.float(), self.sampling, row.generator)
+            draw(row_logits.float(), *how, row.generator)
             for row_logits, row in zip(logits, self.rows, strict=True)
         ]
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
-    """One token from logits (V,), drawn at `sampling.temperature` above 0."""
-    scaled = logits / sampling.temperature
-    probabilities, tokens = scaled.softmax(0).sort(descending=True)
+def draw(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> int:
+    """One token from logits (V,), drawn at a temperature above 0."""
+    probabilities, tokens = (logits / temperature).softmax(0).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities  # the likelier ones' share
-    probabilities[before >= sampling.top_p] = 0.0
+    probabilities[before >= top_p] = 0.0
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return int(tokens[drawn])

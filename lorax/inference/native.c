@@ -18,6 +18,8 @@
 #endif
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FOUR_BIT = 2 };
+#define SIZE(kind) ((kind) == FLOAT32 ? 4 : 2)
+#define INLINE static inline __attribute__((always_inline))
 
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t i8 __attribute__((vector_size(32), aligned(4), may_alias));
@@ -95,7 +97,7 @@ static inline Codes codes_of(const float *code) {
     return found;
 }
 
-static inline void decode32(const uint8_t *packed, const Codes *codes, float scale, float *out) {
+static inline void decode32(const uint8_t *packed, const Codes *codes, float scale, v8 *out) {
     __m128i bytes = _mm_loadu_si128((const __m128i *)packed), low = _mm_set1_epi8(15);
     __m128i second = _mm_and_si128(bytes, low);
     __m128i first = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
@@ -113,8 +115,7 @@ static inline void decode32(const uint8_t *packed, const Codes *codes, float sca
     __m256i words[4] = {
         _mm256_unpacklo_epi16(low0, high0), _mm256_unpackhi_epi16(low0, high0),
         _mm256_unpacklo_epi16(low1, high1), _mm256_unpackhi_epi16(low1, high1)};
-    for (int i = 0; i < 4; i++)
-        _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(_mm256_castsi256_ps(words[i]), s));
+    for (int i = 0; i < 4; i++) out[i] = (v8)_mm256_mul_ps(_mm256_castsi256_ps(words[i]), s);
 }
 #else
 typedef struct {
@@ -127,58 +128,99 @@ static inline Codes codes_of(const float *code) {
     return found;
 }
 
-static inline void decode32(const uint8_t *packed, const Codes *codes, float scale, float *out) {
+static inline void decode32(const uint8_t *packed, const Codes *codes, float scale, v8 *out) {
     for (int i = 0; i < 16; i++) {
-        out[2 * i] = codes->value[packed[i] >> 4] * scale;
-        out[2 * i + 1] = codes->value[packed[i] & 15] * scale;
+        out[i / 4][2 * (i % 4)] = codes->value[packed[i] >> 4] * scale;
+        out[i / 4][2 * (i % 4) + 1] = codes->value[packed[i] & 15] * scale;
     }
 }
 #endif
 
-// Row n of W in float32: the row itself where it lies so, else in buffer (in,).
-static const float *row_of(const Product *p, const Codes *codes, int64_t n, float *buffer) {
+// Row n of W in float32 (in,).
+static void row_of(const Product *p, const Codes *codes, int64_t n, float *out) {
     int64_t at = n * p->in;
-    if (p->kind == FLOAT32) return (const float *)p->weight + at;
-    if (p->kind == BFLOAT16) {
-        widen(p->weight, BFLOAT16, at, p->in, buffer);
-        return buffer;
+    if (p->kind != FOUR_BIT) {
+        widen(p->weight, p->kind, at, p->in, out);
+        return;
     }
     const uint8_t *packed = (const uint8_t *)p->weight + at / 2;
     int shift = __builtin_ctzll(p->block);
     for (int64_t k = 0; k < p->in; k += 32)
-        decode32(packed + k / 2, codes, p->scales[(at + k) >> shift], buffer + k);
-    return buffer;
+        decode32(packed + k / 2, codes, p->scales[(at + k) >> shift], (v8 *)(out + k));
 }
 
-// y[j] = w . x[j] of COUNT rows of x; the same order of sums for every COUNT.
-#define DOTS(COUNT)                                                                             \
-    static inline void dots##COUNT(                                                             \
-        const float *w, const float *x, int64_t stride, int64_t n, float *y) {                  \
-        v8 even[COUNT], odd[COUNT];                                                             \
-        for (int j = 0; j < COUNT; j++) even[j] = odd[j] = (v8){0};                             \
-        int64_t k = 0;                                                                          \
-        for (; k + 16 <= n; k += 16) {                                                          \
-            v8 w0 = *(const v8 *)(w + k), w1 = *(const v8 *)(w + k + 8);                        \
-            for (int j = 0; j < COUNT; j++) {                                                   \
-                even[j] += w0 * *(const v8 *)(x + j * stride + k);                              \
-                odd[j] += w1 * *(const v8 *)(x + j * stride + k + 8);                           \
-            }                                                                                   \
-        }                                                                                       \
-        for (int j = 0; j < COUNT; j++) {                                                       \
-            y[j] = sum_of(even[j] + odd[j]);                                                    \
-            for (int64_t i = k; i < n; i++) y[j] = fmaf(w[i], x[j * stride + i], y[j]);         \
-        }                                                                                       \
+// y[i][j] = w[i] . x[j], for a tile of rows of W and rows of x. Every tile adds up in one order.
+INLINE void tile(
+    const void *w, int64_t kind, const float *x, int64_t n, int rows, int columns, float *y,
+    int64_t stride) {
+    v8 sums[4][2] = {0};
+    int64_t k = 0;
+    for (; k + 8 <= n; k += 8)
+        for (int i = 0; i < rows; i++) {
+            v8 part = eight(w, kind, i * n + k);
+            for (int j = 0; j < columns; j++) sums[i][j] += part * *(const v8 *)(x + j * n + k);
+        }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) {
+            float sum = sum_of(sums[i][j]);
+            for (int64_t t = k; t < n; t++) sum = fmaf(one(w, kind, i * n + t), x[j * n + t], sum);
+            y[i + j * stride] = sum;
+        }
+}
+
+// The tile of four rows of four bits and one row of x, without a stop in memory.
+static void tile_of_codes(
+    const Product *p, const Codes *codes, int64_t first, const float *x, float *y) {
+    v8 sums[4] = {0}, part[4];
+    int shift = __builtin_ctzll(p->block);
+    for (int64_t k = 0; k < p->in; k += 32)
+        for (int i = 0; i < 4; i++) {
+            int64_t at = (first + i) * p->in + k;
+            decode32((const uint8_t *)p->weight + at / 2, codes, p->scales[at >> shift], part);
+            for (int j = 0; j < 4; j++) sums[i] += part[j] * *(const v8 *)(x + k + 8 * j);
+        }
+    for (int i = 0; i < 4; i++) y[i] = sum_of(sums[i]);
+}
+
+// y[i + m * stride] = w[i] . x[m]: `rows` rows of W, as they lie or brought to float32, and all of x.
+static void tiles(
+    const void *w, int64_t kind, const float *x, int64_t n, int64_t rows, int64_t M, float *y,
+    int64_t stride) {
+    for (int64_t m = 0; m < M; m += 2) {
+        int both = m + 2 <= M;
+        const float *xm = x + m * n;
+        float *ym = y + m * stride;
+        if (rows == 4 && kind == FLOAT32) {
+            both ? tile(w, FLOAT32, xm, n, 4, 2, ym, stride) : tile(w, FLOAT32, xm, n, 4, 1, ym, stride);
+        } else if (rows == 4) {
+            both ? tile(w, BFLOAT16, xm, n, 4, 2, ym, stride) : tile(w, BFLOAT16, xm, n, 4, 1, ym, stride);
+        } else {
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < 1 + both; j++)
+                    tile((const char *)w + i * n * SIZE(kind), kind, xm + j * n, n, 1, 1,
+                         ym + i + j * stride, stride);
+        }
     }
-DOTS(1)
-DOTS(4)
-
-static void dots(const float *w, const float *x, int64_t M, int64_t n, float *y) {
-    int64_t m = 0;
-    for (; m + 4 <= M; m += 4) dots4(w, x + m * n, n, n, y + m);
-    for (; m < M; m++) dots1(w, x + m * n, n, n, y + m);
 }
 
-enum { MOST_ROWS = 16 };
+enum { MOST_ROWS = 16, TILE = 4 };
+
+// found[i + m * TILE]: W's rows first, first + 1, ... and x's rows.
+static void rows_times(
+    const Product *p, const Codes *codes, int64_t first, int64_t rows, const float *x, int64_t M,
+    float *buffer, float *found) {
+    const void *w = (const char *)p->weight + first * p->in * SIZE(p->kind);
+    int64_t kind = p->kind;
+    if (kind == FOUR_BIT && M == 1 && rows == TILE) {
+        tile_of_codes(p, codes, first, x, found);
+        return;
+    }
+    if (kind == FOUR_BIT || (kind == BFLOAT16 && M > 2)) {
+        for (int64_t i = 0; i < rows; i++) row_of(p, codes, first + i, buffer + i * p->in);
+        w = buffer, kind = FLOAT32;
+    }
+    tiles(w, kind, x, p->in, rows, M, found, TILE);
+}
 
 // y (M, out) = the product of x (M, in); both of kind `kind`. M is at most MOST_ROWS.
 void product(
@@ -195,29 +237,28 @@ void product(
     if (p->kind == FOUR_BIT) codes = codes_of(p->code);
 #pragma omp parallel num_threads(threads)
     {
-        int64_t longest = p->in > p->rank ? p->in : p->rank;
-        float *buffer = malloc(longest * sizeof(float)), found[MOST_ROWS];
+        float *buffer = malloc(TILE * p->in * sizeof(float));
+        float found[TILE * MOST_ROWS], path[TILE * MOST_ROWS];
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < p->rank; r++) {
-            const float *A = (const float *)p->A + r * p->in;
-            if (p->path_kind != FLOAT32) {
-                widen(p->A, p->path_kind, r * p->in, p->in, buffer);
-                A = buffer;
-            }
-            dots(A, x, M, p->in, found);
-            for (int64_t m = 0; m < M; m++) h[m * p->rank + r] = found[m];
+        for (int64_t r = 0; r < p->rank; r += TILE) {
+            int64_t rows = p->rank - r < TILE ? p->rank - r : TILE;
+            tiles((const char *)p->A + r * p->in * SIZE(p->path_kind), p->path_kind, x, p->in,
+                  rows, M, h + r, p->rank);
         }
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < p->out; n++) {
-            dots(row_of(p, &codes, n, buffer), x, M, p->in, found);
-            if (p->rank) {
-                float path[MOST_ROWS];
-                widen(p->B, p->path_kind, n * p->rank, p->rank, buffer);
-                dots(buffer, h, M, p->rank, path);
-                for (int64_t m = 0; m < M; m++) found[m] += p->scaling * path[m];
-            }
-            float bias = p->bias ? p->bias[n] : 0.0f;
-            for (int64_t m = 0; m < M; m++) put(y, kind, m * p->out + n, found[m] + bias);
+        for (int64_t n = 0; n < p->out; n += TILE) {
+            int64_t rows = p->out - n < TILE ? p->out - n : TILE;
+            rows_times(p, &codes, n, rows, x, M, buffer, found);
+            if (p->rank)
+                tiles((const char *)p->B + n * p->rank * SIZE(p->path_kind), p->path_kind, h,
+                      p->rank, rows, M, path, TILE);
+            for (int64_t m = 0; m < M; m++)
+                for (int64_t i = 0; i < rows; i++) {
+                    float sum = found[i + m * TILE];
+                    if (p->rank) sum += p->scaling * path[i + m * TILE];
+                    if (p->bias) sum += p->bias[n + i];
+                    put(y, kind, m * p->out + n + i, sum);
+                }
         }
         free(buffer);
     }
@@ -225,9 +266,10 @@ void product(
     free(wide);
 }
 
-// out (out, in), of kind `kind`: W decoded, rounded once.
+// out (out, in), of kind `kind`: W, rounded once.
 void decode(const Product *p, void *out, int64_t kind, int64_t threads) {
-    Codes codes = codes_of(p->code);
+    Codes codes;
+    if (p->kind == FOUR_BIT) codes = codes_of(p->code);
 #pragma omp parallel num_threads(threads)
     {
         float *buffer = malloc(p->in * sizeof(float));
@@ -327,3 +369,6 @@ void attend(
         free(scores);
     }
 }
+
+// For the test that Python's structures are these.
+const int64_t product_bytes = sizeof(Product), layer_bytes = sizeof(Layer);

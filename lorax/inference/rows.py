@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lorax.backend import uses_native
-from lorax.inference.native import Layer, library
-from lorax.inference.twins import KINDS
+from lorax.errors import UnsupportedModel
+from lorax.inference.native import KINDS, Layer, library
 from lorax.models import Model
 from lorax.models.attention import Context, causal_attention
 from lorax.models.cache import KVCache
@@ -52,6 +52,7 @@ class Slot(KVCache):
         self.cache, self.slot = cache, slot
 
     def close(self, x: Tensor, tokens: int) -> Tensor:
+        """See `KVCache`; the slot's length is what went in."""
         x = super().close(x, tokens)
         self.cache.lengths[self.slot] = self.length
         return x
@@ -94,7 +95,24 @@ class Step(Context):
         attend = attend_native if native and library() is not None else attend_plain
         return attend(self, keys, values, query, key, value, **how)
 
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one row: all that it attends to. A family's own attention may ask for this.
+
+        Raises:
+            UnsupportedModel: several rows, whose places are not the same.
+        """
+        if len(self.slots) > 1:
+            raise UnsupportedModel(
+                "this family's attention does not keep rows of different lengths apart; give a "
+                "batch size of 1, or let it call context.attend (lorax/models/attention.py)"
+            )
+        (slot,), (length,) = self.slots, self.lengths
+        keys, values = self.cache.all.keys[layer], self.cache.all.values[layer]
+        keys[slot, :, length], values[slot, :, length] = key[0, :, 0], value[0, :, 0]
+        return keys[slot : slot + 1, :, : length + 1], values[slot : slot + 1, :, : length + 1]
+
     def close(self, x: Tensor, tokens: int) -> Tensor:
+        """Each slot holds one token more."""
         for slot in self.slots:
             self.cache.lengths[slot] += 1
         return x
