@@ -29,7 +29,12 @@ class Side:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.seconds: list[float] = []
+        self.answers: list[dict[str, float]] = []
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each step since the last warm one."""
+        return [answer["seconds"] for answer in self.answers]
 
     def ready(self) -> None:
         self._answer()
@@ -38,18 +43,18 @@ class Side:
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        seconds = self._answer()["seconds"]
-        self.seconds.append(seconds)
-        return seconds
+        self.answers.append(self._answer())
+        return self.answers[-1]["seconds"]
 
     def finish(self) -> dict[str, Any]:
-        """Median seconds a step, and the peak of resident memory in bytes."""
+        """Median of what each step said, and the peak of resident memory in bytes."""
         assert self.process.stdin is not None
         self.process.stdin.write("finish\n")
         self.process.stdin.flush()
         answer = self._answer()
         self.process.wait()
-        return {"seconds": statistics.median(self.seconds), **answer}
+        said = {key: [step[key] for step in self.answers] for key in self.answers[0]}
+        return {**{key: statistics.median(values) for key, values in said.items()}, **answer}
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -59,10 +64,11 @@ class Side:
         raise SystemExit(f"{self.name} ended with {self.process.wait()}; see above")
 
 
-def serve(step: Callable[[], float | None]) -> None:
+def serve(step: Callable[[], float | dict[str, float] | None]) -> None:
     """The side's end: answer the parent until it has enough.
 
-    step: gives its seconds where a part of it only is to be timed.
+    step: gives its seconds where a part of it only is to be timed; or several numbers by their
+        names, "seconds" among them.
     """
     before = _peak_bytes()
     print(json.dumps({"ready": True}), flush=True)
@@ -72,10 +78,10 @@ def serve(step: Callable[[], float | None]) -> None:
             print(json.dumps({"peak_bytes": peak, "grown_bytes": peak - before}), flush=True)
             return
         started = time.perf_counter()
-        seconds = step()
-        if seconds is None:
-            seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds}), flush=True)
+        said = step()
+        if said is None:
+            said = time.perf_counter() - started
+        print(json.dumps(said if isinstance(said, dict) else {"seconds": said}), flush=True)
 
 
 def _peak_bytes() -> int:
@@ -88,7 +94,7 @@ def compare(sides: list[Side], warm: int, steps: int) -> dict[str, dict[str, Any
         side.ready()
         for _ in range(warm):
             side.step()
-        side.seconds.clear()
+        side.answers.clear()
     for _ in range(steps):
         for side in sides:
             side.step()

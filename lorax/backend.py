@@ -1,7 +1,7 @@
 """Which program computes: plain PyTorch, Triton, or a decoder compiled for the CPU.
 
     name        tensors on a CPU                       tensors on CUDA
-    auto        PyTorch                                Triton, lorax.kernels
+    auto        PyTorch; generation by native.c        Triton, lorax.kernels
     pytorch     PyTorch                                PyTorch
     triton      Triton's interpreter (for tests)       Triton
     compiled    PyTorch, 4-bit decoding compiled       Triton
@@ -68,6 +68,11 @@ def uses_triton(tensor: Tensor) -> bool:
 def uses_compiled(tensor: Tensor) -> bool:
     """Whether the compiled decoder writes this tensor: on a CPU, where it is asked for."""
     return _chosen() == "compiled" and tensor.device.type == "cpu"
+
+
+def uses_native(tensor: Tensor) -> bool:
+    """Whether lorax/inference/native.c may compute with this tensor: on a CPU, unless forbidden."""
+    return _chosen() in ("auto", "compiled") and tensor.device.type == "cpu"
 
 
 def kernels_for(tensor: Tensor, name: str) -> ModuleType:

@@ -22,6 +22,7 @@ from lorax.errors import EnvironmentProblem
 from lorax.formats.directory import check_free
 from lorax.formats.peft_directory import TENSORS
 from lorax.inference.generate import generate
+from lorax.inference.native import has_fast_bfloat16
 from lorax.models import Model
 from lorax.progress import TrainingProgress
 from lorax.quant.linear import QuantizedLinear
@@ -89,12 +90,6 @@ def demo_recipe(
             },
         }
     )
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware; elsewhere float32 is faster."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def smollm2_path() -> str:

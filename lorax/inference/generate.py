@@ -3,13 +3,11 @@
 import logging
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
 from lorax.adapters.tables import embedding_weight
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import UsageError
+from lorax.inference.batch import Sampling, stream_rows
 from lorax.models import Model
 
 log = logging.getLogger("lorax")
@@ -61,6 +59,28 @@ def stream(
         UsageError: an empty prompt, one longer than the model's positions, or a temperature,
             top_p or count out of range. DataError: a token that the embedding does not have.
     """
+    check_options(max_new_tokens, temperature, top_p)
+    count = check_prompt(model, tokenizer, ids, max_new_tokens)
+    sampling = Sampling(temperature, top_p, seed)
+    rows = stream_rows(model, tokenizer.end_token_ids, [ids], [count], sampling)
+    return (token for _, token in rows if token is not None)
+
+
+def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise UsageError where one of them is out of range."""
+    if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
+        raise UsageError(
+            f"temperature {temperature} (>= 0), top_p {top_p} (in (0, 1]) or max_new_tokens "
+            f"{max_new_tokens} (>= 0) is out of range; give each a value within its bounds"
+        )
+
+
+def check_prompt(model: Model, tokenizer: Tokenizer, ids: list[int], max_new_tokens: int) -> int:
+    """How many new tokens the model's positions leave room for, at most `max_new_tokens`.
+
+    Raises:
+        UsageError: no token, or none that is left. DataError: a token without an embedding.
+    """
     check_vocabulary(ids, embedding_weight(model).shape[0], tokenizer)
     room = model.max_positions - len(ids)
     if not ids or room < 1:
@@ -68,60 +88,9 @@ def stream(
             f"the prompt has {len(ids)} tokens; expected 1 to {model.max_positions - 1}, which "
             "leaves room for an answer in the model's positions: shorten it"
         )
-    if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
-        raise UsageError(
-            f"temperature {temperature} (>= 0), top_p {top_p} (in (0, 1]) or max_new_tokens "
-            f"{max_new_tokens} (>= 0) is out of range; give each a value within its bounds"
-        )
     if max_new_tokens > room:
         log.warning(
             "max_new_tokens %d is cut to %d: the model has %d positions, the prompt takes %d",
             *(max_new_tokens, room, model.max_positions, len(ids)),
         )
-    return _stream(model, tokenizer, ids, min(max_new_tokens, room), temperature, top_p, seed)
-
-
-def _stream(
-    model: Model,
-    tokenizer: Tokenizer,
-    ids: list[int],
-    count: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-) -> Iterator[int]:
-    device = next(model.parameters()).device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    cache = model.new_cache(1, len(ids) + count)
-    seen = list(ids)
-    given = torch.tensor([ids], device=device)  # (1, T), then (1, 1)
-    try:
-        for _ in range(count):
-            if cache.length == model.cache_border:  # as transformers: all of it once more
-                cache = model.new_cache(1, len(ids) + count)
-                given = torch.tensor([seen], device=device)
-            with torch.inference_mode():
-                hidden = model.hidden_states(given, cache)[:, -1]
-                token = _choose(model.logits(hidden)[0].float(), temperature, top_p, generator)
-            if token in tokenizer.end_token_ids:
-                return
-            yield token
-            seen.append(token)
-            given = torch.tensor([[token]], device=device)
-    finally:
-        model.train(was_training)
-
-
-def _choose(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
-) -> int:
-    """One token from logits (V,)."""
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities, tokens = (logits / temperature).softmax(0).sort(descending=True)
-    before = probabilities.cumsum(0) - probabilities  # the likelier ones' share
-    probabilities[before >= top_p] = 0.0
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
-    return int(tokens[drawn])
+    return min(max_new_tokens, room)

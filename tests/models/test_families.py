@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lorax
 from lorax.errors import AdapterError, FormatError, UnsupportedModel
-from lorax.inference.generate import _stream
+from lorax.inference.batch import stream_rows
 from lorax.models.families import FAMILIES
 from lorax.training.loss import summed_loss
 
@@ -68,17 +68,13 @@ def logits_from(model, ids, cache):
         return model(ids, cache)
 
 
-class NoEnd:
-    end_token_ids = ()
-
-
 def test_generation_past_window_and_border_against_transformers(pair):
     _, mine, theirs = pair
     ids = tokens(rows=1, length=20)
     expected = theirs.generate(
         ids, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    found = list(_stream(mine, NoEnd(), ids[0].tolist(), 30, 0.0, 1.0, None))
+    found = [token for _, token in stream_rows(mine, (), ids.tolist(), [30]) if token is not None]
     assert found == expected[0, 20:].tolist()
 
 

@@ -26,6 +26,7 @@ TRAINER = "tests/training/test_training_against_trainer.py -k"
 PEFT, ADAPTERS = "tests/formats/test_peft.py", "tests/adapters/test_adapters.py"
 TEMPLATES, INSPECT = "tests/data/test_templates.py", "tests/inspect/test_inspect.py"
 ONCE = "tests/robustness/test_once_unnoticed.py"
+ROWS = "tests/inference/test_rows_together.py"
 LOOP = "lorax/training/*.py"
 SCHEDULE = "lorax/training/schedule.py"
 BATCHES = "lorax/data/batches.py"
@@ -179,8 +180,13 @@ INFERENCE_FAULTS = [
           "generation runs past the model's positions", f"{ONCE} -k room"),
     Fault(GENERATE, "(logits / temperature)", "(logits * temperature)",
           "temperature works the wrong way round", f"{ONCE} -k temperature"),
-    Fault(GENERATE, "if token in tokenizer.end_token_ids:",
-          "if token == tokenizer.eos_token_id:", "only one end token ends", f"{ONCE} -k end"),
+    Fault(GENERATE, "stream_rows(model, tokenizer.end_token_ids,",
+          "stream_rows(model, [tokenizer.eos_token_id],", "only one end token ends",
+          f"{ONCE} -k end"),
+    Fault(GENERATE, "self.cache.lengths[slot] += 1", "self.cache.lengths[slot] += 2",
+          "a row of a batch leaves places out", f"{ROWS} -k alone"),
+    Fault("lorax/inference/native.c", "found[i + m * TILE];", "found[i];",
+          "every row of a batch gets the first one's product", f"{ROWS} -k alone"),
     Fault(GENERATE, "model.train(was_training)", "pass", "generating leaves eval mode",
           f"{ONCE} -k mode"),
     Fault("lorax/models/attention.py", ".tril(S - T)", ".tril()",

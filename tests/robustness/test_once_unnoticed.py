@@ -21,7 +21,8 @@ from lorax.data.tokenizer import Tokenizer
 from lorax.errors import AdapterError, FormatError, NumericalStop
 from lorax.formats.directory import written_directory
 from lorax.formats.tokenizer_files import write_tokenizer
-from lorax.inference.generate import _choose, stream
+from lorax.inference.batch import draw
+from lorax.inference.generate import stream
 from lorax.models.llama import RMSNorm
 from lorax.parity.difference import difference
 from lorax.parity.report import Check, Report
@@ -102,7 +103,7 @@ def test_each_epoch_has_an_order_of_its_own_and_none_without_shuffling():
 
 def drawn(logits, temperature, top_p, count=400):
     generator = torch.Generator().manual_seed(0)
-    return {_choose(logits.clone(), temperature, top_p, generator) for _ in range(count)}
+    return {draw(logits.clone(), temperature, top_p, generator) for _ in range(count)}
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.35, 0.45, 0.69, 0.75, 0.95, 1.0])

@@ -1,0 +1,161 @@
+"""The cache of several prompts that are answered together, each with a length of its own.
+
+    keys, values   (L, slots, K, places, D), allocated once; torch gives pages as they are written
+    lengths        how many places of each slot are filled
+
+A prompt goes through the model alone (`whole`), so that nothing is padded. Then all rows take their
+next token in one pass (`step`): every Linear reads its weight once for all of them, and positions
+and attention are each row's own. A row's numbers do not depend on the others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorax.backend import uses_native
+from lorax.errors import UnsupportedModel
+from lorax.inference.native import KINDS, Layer, library
+from lorax.models import Model
+from lorax.models.attention import Context, causal_attention
+from lorax.models.cache import KVCache
+
+
+class RowsCache:
+    """Keys and values of `slots` rows of up to `places` tokens, the model's prefix beside them."""
+
+    def __init__(self, model: Model, slots: int, places: int):
+        self.all = KVCache.of(model, slots, places)
+        self.lengths = [0] * slots
+
+    def whole(self, slot: int) -> Slot:
+        """For a pass of all the tokens of a slot's row, which forgets what the slot held."""
+        self.lengths[slot] = 0
+        return Slot(self, slot)
+
+    def step(self, slots: list[int]) -> Step:
+        """For a pass of one token (B, 1) for each of these slots."""
+        return Step(self, slots)
+
+
+class Slot(KVCache):
+    """One slot as the cache of a batch of one."""
+
+    def __init__(self, cache: RowsCache, slot: int):
+        self.keys = cache.all.keys[:, slot : slot + 1]
+        self.values = cache.all.values[:, slot : slot + 1]
+        self.length = 0
+        self.cache, self.slot = cache, slot
+
+    def close(self, x: Tensor, tokens: int) -> Tensor:
+        """See `KVCache`; the slot's length is what went in."""
+        x = super().close(x, tokens)
+        self.cache.lengths[self.slot] = self.length
+        return x
+
+
+class Step(Context):
+    """One token for each of some slots: it stands behind what its slot holds, and sees that."""
+
+    def __init__(self, cache: RowsCache, slots: list[int]):
+        self.cache, self.slots = cache, slots
+        self.lengths = [cache.lengths[slot] for slot in slots]
+        count = len(slots)
+        self.places_of = (ctypes.c_int64 * count)(*self.lengths)
+        self.slots_of = (ctypes.c_int64 * count)(*slots)
+
+    def open(self, prefix: Any, x: Tensor) -> tuple[Tensor, Context]:
+        """The prefix is in the cache already."""
+        return x, self
+
+    def places(self, x: Tensor) -> Tensor:
+        """Each row's position: (B, 1)."""
+        return torch.tensor(self.lengths, device=x.device)[:, None]
+
+    def turns(self, ropes: Callable[[int, Tensor], list[Any]], x: Tensor) -> list[Any]:
+        """Each layer's rotations, of each row's position: cosine and sine, (B, 1, 1, D)."""
+        each = [ropes(n, row) for n, row in zip(self.lengths, x.split(1), strict=True)]
+        joined: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # layers that share theirs still do
+        found = []
+        for parts in zip(*each, strict=True):
+            key = tuple(map(id, parts))
+            if key not in joined:
+                joined[key] = tuple(torch.stack(s)[:, None] for s in zip(*parts, strict=True))
+            found.append(joined[key])
+        return found
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+        """Store key and value (B, K, 1, D); attend by query (B, H, 1, D) in each row's slot."""
+        keys, values = self.cache.all.keys[layer], self.cache.all.values[layer]
+        native = query.dtype == keys.dtype and keys.dtype in KINDS and uses_native(query)
+        attend = attend_native if native and library() is not None else attend_plain
+        return attend(self, keys, values, query, key, value, **how)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one row: all that it attends to. A family's own attention may ask for this.
+
+        Raises:
+            UnsupportedModel: several rows, whose places are not the same.
+        """
+        if len(self.slots) > 1:
+            raise UnsupportedModel(
+                "this family's attention does not keep rows of different lengths apart; give a "
+                "batch size of 1, or let it call context.attend (lorax/models/attention.py)"
+            )
+        (slot,), (length,) = self.slots, self.lengths
+        keys, values = self.cache.all.keys[layer], self.cache.all.values[layer]
+        keys[slot, :, length], values[slot, :, length] = key[0, :, 0], value[0, :, 0]
+        return keys[slot : slot + 1, :, : length + 1], values[slot : slot + 1, :, : length + 1]
+
+    def close(self, x: Tensor, tokens: int) -> Tensor:
+        """Each slot holds one token more."""
+        for slot in self.slots:
+            self.cache.lengths[slot] += 1
+        return x
+
+
+def attend_plain(
+    step: Step, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor, **how: Any
+) -> Tensor:
+    """`Step.attend` over one layer's keys and values (slots, K, places, D), a row at a time."""
+    found = []
+    for row, (slot, length) in enumerate(zip(step.slots, step.lengths, strict=True)):
+        keys[slot, :, length], values[slot, :, length] = key[row, :, 0], value[row, :, 0]
+        seen = (x[slot : slot + 1, :, : length + 1] for x in (keys, values))
+        found.append(causal_attention(query[row : row + 1], *seen, **how))
+    return torch.cat(found)
+
+
+def attend_native(
+    step: Step,
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> Tensor:
+    """`attend_plain` by native.c, in float32 within."""
+    compiled = library()
+    assert compiled is not None
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    _, heads, _, width = query.shape
+    _, kv_heads, places, _ = keys.shape
+    layer = Layer(
+        *(KINDS[keys.dtype], heads, kv_heads, width, places), keys.data_ptr(), values.data_ptr()
+    )
+    out = torch.empty_like(query)
+    compiled.attend(
+        *(ctypes.addressof(layer), query.data_ptr(), key.data_ptr(), value.data_ptr()),
+        *(out.data_ptr(), ctypes.addressof(step.slots_of), ctypes.addressof(step.places_of)),
+        *(len(step.slots), window or 0, width**-0.5 if scale is None else scale, cap or 0.0),
+        torch.get_num_threads(),
+    )
+    return out
