@@ -1,12 +1,13 @@
 """Generation with SmolLM2-135M, lorax against transformers (+ bitsandbytes, + PEFT), on a CPU.
 
     python benchmarks/generation.py                     all sixteen cases, some twenty minutes
-    python benchmarks/generation.py --case "nf4-dq float32 x1"          one, or more, of them
+    python benchmarks/generation.py --case "nf4-dq float32 x1"          one of them, or more
 
 The results file keeps each case with the machine, the commit and the rounds it was measured with,
 and a run replaces the cases that it measures.
 
-A round is 64 new tokens (--tokens), the likeliest each time, for one prompt or for eight of different lengths,
+A round is 64 new tokens (--tokens), the likeliest each time, for one prompt or for eight of many
+lengths,
 and no end token counts: both sides make the same number of tokens. Tokens a second are all new
 tokens over the whole time, the prompt's included; the time to the first token is that of a call for
 one. Where other programs run beside it, the ratio of the processor's time says more than that of
