@@ -9,6 +9,7 @@ tensors (Q4_1, Q8_0, K-quants ...) are decoded to float32 by the package.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,7 @@ _OPTIONAL_KEYS = {
     "rope.freq_base": "rope_theta",
 }
 _NOT_COVERED = ("expert_count", "rope.scaling.type")
+_ROW_BYTES = 8192  # of a row that is decoded: 16 of them and their values fit the caches
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_FACTORS = "rope_factors_long.weight"
 # The two settings of Llama 3.1 and 3.2, of which a GGUF keeps the outcome only.
@@ -121,18 +123,18 @@ class GGUFFile:
 
     def read(self, name: str) -> Tensor:
         """One tensor, decoded, its rows in Hugging Face's order."""
-        import gguf
-
         stored = self._tensors[name]
         try:
-            values = gguf.quants.dequantize(stored.data, stored.tensor_type)
+            values = _decoded(stored.data, stored.tensor_type)
         except Exception as error:  # NotImplementedError for exotic types, ValueError for damage
             kind = stored.tensor_type.name
             raise FormatError(
                 f"{self.path}: {name} ({kind}) cannot be decoded ({error}); "
                 "get the file anew, or one of another quantization"
             ) from None
-        tensor = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped
+        if np.may_share_memory(values, stored.data):
+            values = values.copy()  # the file is mapped
+        tensor = torch.from_numpy(values.astype(np.float32, copy=False))
         if name.endswith("norm.weight"):
             return tensor - self._layout.norm_offset if self._layout.norm_offset else tensor
         if not self._layout.permutes:
@@ -217,6 +219,22 @@ class GGUFFile:
         """A field; of a float32 the shortest decimal that means the same, which was meant."""
         value = self._field(key)
         return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _decoded(data: Any, kind: Any) -> Any:
+    """Values of (rows, bytes), by the package, whose time goes by calls: 16 rows each.
+
+    Blocks do not cross rows, so several rows, one behind the other, are a longer one.
+    """
+    import gguf
+
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    if data.ndim != 2 or block == 1 or not data.flags.c_contiguous:
+        return gguf.quants.dequantize(data, kind)
+    rows, width = data.shape
+    together = math.gcd(rows, 1 << max(0, (_ROW_BYTES // max(width, 1)).bit_length() - 1))
+    values = gguf.quants.dequantize(data.reshape(rows // together, together * width), kind)
+    return values.reshape(rows, -1)
 
 
 def _with_scaling(config: LlamaConfig, factors: Tensor, where: str) -> LlamaConfig:

@@ -127,6 +127,11 @@ class ModelFiles:
         stated = None if self.config is None else stated_dtype(self.config)
         return stated or self.source.dtype(self.names[self.model.embedding_name])
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether what is read may lie in the file's own pages."""
+        return not isinstance(self.source, gguf_files.GGUFFile)
+
     def read(self, mine: str) -> Tensor:
         """A plain tensor by the model's name for it.
 
@@ -314,7 +319,7 @@ def _fill(
         if stored is not None:
             replace_module(model, module_name, _quantized_linear(stored.to(device), module, dtype))
             continue
-        tensor = files.read(mine).to(dtype=dtype, copy=True).to(device).contiguous()
+        tensor = files.read(mine).to(dtype=dtype, copy=files.is_mapped).to(device).contiguous()
         if quantization and parameter == "weight" and quantizable(module_name, module):
             weight = quantize(tensor, quantization, name=mine)
             replace_module(model, module_name, _quantized_linear(weight, module, dtype))

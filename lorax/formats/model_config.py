@@ -11,6 +11,7 @@ nobody: lorax computes without it, in training too.
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lorax.errors import UnsupportedModel
 from lorax.models.config import ModelConfig
@@ -45,6 +46,22 @@ def stated_dtype(found: dict[str, Any]) -> torch.dtype | None:
 def new_model(config: ModelConfig) -> Model:
     """The model without memory: every parameter on the meta device, frozen, in eval mode."""
     family = find_family(config.model_type, type(config).__name__)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         model = family.model_class(config)
     return model.requires_grad_(False).eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Inside, torch.nn.init leaves tensors as they are.
+
+    There is nothing to draw on the meta device, and `normal_` there imports torch's compiler, which
+    takes longer than to read a small model.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

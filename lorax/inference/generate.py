@@ -1,18 +1,21 @@
 """Text from a model, a token at a time."""
 
 import logging
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import overload
 
 from lorax.adapters.tables import embedding_weight
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
-from lorax.errors import UsageError
+from lorax.errors import DataError, UsageError
 from lorax.inference.batch import Sampling, stream_rows
 from lorax.models import Model
 
 log = logging.getLogger("lorax")
 
 
+@overload
 def generate(
     model: Model,
     tokenizer: Tokenizer,
@@ -21,25 +24,100 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-) -> str:
-    """Continue a prompt, which is taken as it stands (no chat template is applied).
+    batch_size: int = 8,
+) -> str: ...
+@overload
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: list[str] | tuple[str, ...],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    batch_size: int = 8,
+) -> list[str]: ...
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str | list[str] | tuple[str, ...],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    batch_size: int = 8,
+) -> str | list[str]:
+    """Continue a prompt, or several, taken as they stand (no chat template is applied).
 
     Args:
         model: on any device; adapters, merged or not, take part.
         tokenizer: the model's.
-        prompt: the text to continue.
+        prompt: the text to continue; of several each is continued as if it were alone.
         max_new_tokens: where to stop if no end token comes.
         temperature: 0 takes the likeliest token each time; above, logits are divided by it and a
             token is drawn.
         top_p: draw from the likeliest tokens that together have this probability.
-        seed: of the draws; None takes torch's global generator.
+        seed: of each prompt's draws; None takes torch's global generator.
+        batch_size: how many prompts are answered together: speed and memory only.
 
     Returns:
-        The continuation alone, without special tokens.
+        The continuation alone, without special tokens; of several prompts a list.
+
+    Raises:
+        UsageError: see `stream`; of several prompts the message says which.
     """
-    ids = tokenizer.encode(prompt)
-    tokens = list(stream(model, tokenizer, ids, max_new_tokens, temperature, top_p, seed))
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    ids = [tokenizer.encode(text) for text in texts]
+    places = [""] if isinstance(prompt, str) else [f"prompt {n}: " for n in range(1, len(ids) + 1)]
+    how = Sampling(temperature, top_p, seed)
+    found = list(answers(model, tokenizer, ids, max_new_tokens, how, batch_size, places))
+    return found[0] if isinstance(prompt, str) else found
+
+
+def answers(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    batch_size: int = 8,
+    places: Sequence[str] | None = None,
+) -> Iterator[str]:
+    """The answer to each prompt, in order, each as soon as it and those before it are there.
+
+    Args:
+        prompts: their tokens; all are looked at before anything is computed.
+        places: what stands in front of an error about a prompt; "" if not given.
+        max_new_tokens, sampling, batch_size: see `generate`.
+
+    Raises:
+        UsageError, DataError: as `stream`.
+    """
+    check_options(max_new_tokens, sampling.temperature, sampling.top_p)
+    if batch_size < 1:
+        raise UsageError(f"batch_size {batch_size} must be at least 1")
+    counts = []
+    for ids, place in zip(prompts, places or [""] * len(prompts), strict=True):
+        try:
+            counts.append(check_prompt(model, tokenizer, ids, max_new_tokens))
+        except (UsageError, DataError) as error:
+            raise type(error)(f"{place}{error}") from None
+    rows = stream_rows(model, tokenizer.end_token_ids, prompts, counts, sampling, batch_size)
+    return _in_order(rows, tokenizer)
+
+
+def _in_order(rows: Iterator[tuple[int, int | None]], tokenizer: Tokenizer) -> Iterator[str]:
+    made: defaultdict[int, list[int]] = defaultdict(list)
+    ended: set[int] = set()
+    following = 0
+    for index, token in rows:
+        if token is not None:
+            made[index].append(token)
+            continue
+        ended.add(index)
+        while following in ended:
+            yield tokenizer.decode(made.pop(following, []), skip_special_tokens=True)
+            following += 1
 
 
 def stream(

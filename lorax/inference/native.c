@@ -149,6 +149,10 @@ static void row_of(const Product *p, const Codes *codes, int64_t n, float *out) 
         decode32(packed + k / 2, codes, p->scales[(at + k) >> shift], (v8 *)(out + k));
 }
 
+// AHEAD: how many rows further the memory is asked for; on a busy machine bfloat16 takes 0.7 of the
+// time for it.
+enum { MOST_ROWS = 16, TILE = 4, AHEAD = 8 };
+
 // y[i][j] = w[i] . x[j], for a tile of rows of W and rows of x. Every tile adds up in one order.
 INLINE void tile(
     const void *w, int64_t kind, const float *x, int64_t n, int rows, int columns, float *y,
@@ -157,6 +161,8 @@ INLINE void tile(
     int64_t k = 0;
     for (; k + 8 <= n; k += 8)
         for (int i = 0; i < rows; i++) {
+            if (k % (64 / SIZE(kind)) == 0)  // once a cache line
+                __builtin_prefetch((const char *)w + ((i + AHEAD) * n + k) * SIZE(kind));
             v8 part = eight(w, kind, i * n + k);
             for (int j = 0; j < columns; j++) sums[i][j] += part * *(const v8 *)(x + j * n + k);
         }
@@ -203,7 +209,6 @@ static void tiles(
     }
 }
 
-enum { MOST_ROWS = 16, TILE = 4 };
 
 // found[i + m * TILE]: W's rows first, first + 1, ... and x's rows.
 static void rows_times(

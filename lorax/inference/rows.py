@@ -64,6 +64,9 @@ class Step(Context):
     def __init__(self, cache: RowsCache, slots: list[int]):
         self.cache, self.slots = cache, slots
         self.lengths = [cache.lengths[slot] for slot in slots]
+        kept = cache.all.keys
+        native = kept.dtype in KINDS and uses_native(kept)
+        self.is_native = native and library() is not None
         count = len(slots)
         self.places_of = (ctypes.c_int64 * count)(*self.lengths)
         self.slots_of = (ctypes.c_int64 * count)(*slots)
@@ -91,8 +94,8 @@ class Step(Context):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
         """Store key and value (B, K, 1, D); attend by query (B, H, 1, D) in each row's slot."""
         keys, values = self.cache.all.keys[layer], self.cache.all.values[layer]
-        native = query.dtype == keys.dtype and keys.dtype in KINDS and uses_native(query)
-        attend = attend_native if native and library() is not None else attend_plain
+        native = self.is_native and query.dtype == keys.dtype
+        attend = attend_native if native else attend_plain
         return attend(self, keys, values, query, key, value, **how)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

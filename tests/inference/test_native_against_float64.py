@@ -93,6 +93,25 @@ def test_a_row_among_others_has_the_bits_that_it_has_alone(rank, kind, dtype):
         assert torch.equal(fast(x[:M]), alone[:M])
 
 
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_threads_do_not_change_the_bits(kind):
+    base = nn.Linear(96, 51).requires_grad_(False)
+    layer = LoRALinear(base, 5, 2.0)
+    if kind != "dense":
+        layer.base_layer = QuantizedLinear(lorax.quantize(base.weight, kind), base.bias)
+    for parameter in layer.tensors().values():
+        parameter.data = drawn(*parameter.shape)
+    fast, x = twin(layer.base_layer, layer), drawn(3, 96)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = fast(x)
+        torch.set_num_threads(3)
+        assert torch.equal(fast(x), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", list(KINDS))
 @pytest.mark.parametrize("format", ["nf4", "fp4", "nf4-dq"])
 @pytest.mark.parametrize("block", [32, 64, 4096])
