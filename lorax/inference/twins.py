@@ -26,6 +26,7 @@ from torch import nn
 
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
+from lorax.adapters.tables import embedding_weight
 from lorax.backend import uses_native
 from lorax.inference.native import KINDS, library
 from lorax.inference.products import FastLinear, FastNorm, RowsApart, Scratch, covers
@@ -40,7 +41,7 @@ log = logging.getLogger("lorax")
 
 def with_twins(model: Model) -> Model:
     """A model that shares every tensor with `model` and generates faster, without gradients."""
-    embedding = model.get_parameter(model.embedding_name)
+    embedding = embedding_weight(model)
     wanted = embedding.dtype in KINDS and uses_native(embedding)
     native = wanted and library() is not None
     decodes = wanted and not native and _may_decode(model, embedding.dtype)
