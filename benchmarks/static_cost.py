@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import torch
 import triton
+from bank_conflicts import wavefronts_a_gather
 
 SHARED_LIMIT_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # a block, opted in
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -118,6 +119,7 @@ def examine(kernel: Any) -> dict[str, Any]:
         "fused_multiply_adds": count(r"FFMA"),
         "loop_fused_multiply_adds": count(r"FFMA", loop),
         "mul_add_ptx": len(re.findall(r"fma\.rn\.f32", kernel.asm["ptx"])),
+        "wavefronts_a_gather": wavefronts_a_gather(kernel.asm["ttgir"]),
         "packed_vector": packed_vector(kernel.asm["ttgir"]),
         "rounding_conversions": len(re.findall(r"cvt\.rn\.\w+\.f32", kernel.asm["ptx"])),
         "warp_group_products": count(r"HGMMA|UTC\w*MMA"),
@@ -281,13 +283,14 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=1))
     print(
         f"{'target':7}{'case':38}{'regs':>5}{'spill':>6}{'shared':>8}{'SASS':>6}"
-        f"{'a value':>8}{'16 B':>5}{'tensor':>7}"
+        f"{'a value':>8}{'banks':>6}{'16 B':>5}{'tensor':>7}"
     )
     for row in rows:
         print(
             f"sm_{row['target']:<4}{row['case']:38}{row['registers']:5}{row['spills']:6}"
             f"{row['shared_bytes']:8}{row['instructions']:6}"
-            f"{row['instructions_a_value'] or '':>8}{row['wide_loads']:5}"
+            f"{row['instructions_a_value'] or '':>8}{row['wavefronts_a_gather'] or '':>6}"
+            f"{row['wide_loads']:5}"
             f"{row['warp_group_products'] + row['warp_products']:7}"
         )
 

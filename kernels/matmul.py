@@ -84,14 +84,13 @@ def _vector_kernel(
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
-    COPIES: tl.constexpr,
     NESTED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     WORDS: tl.constexpr = STEP // 8
     BLOCKS: tl.constexpr = STEP // BLOCK_SIZE
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    table = pair_table(code, DTYPE, COPIES)
+    table = pair_table(code, DTYPE)
     offset = 0.0
     if NESTED:
         offset = tl.load(nested_offset)
@@ -113,12 +112,11 @@ def _vector_kernel(
         even, odd = tl.split(tl.reshape(pairs, WORDS, 2, 2))
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
-        copy = ((word // 4) % COPIES)[None, :]
 
         part = tl.zeros((ROWS, WORDS), tl.float32)
         for byte in tl.static_range(4):
             x_pair = x0 if byte == 0 else (x1 if byte == 1 else (x2 if byte == 2 else x3))
-            index = (((packed >> (8 * byte)) & 255) * COPIES) | copy
+            index = (packed >> (8 * byte)) & 255
             value = tl.reshape(tl.gather(table, tl.reshape(index, ROWS * WORDS), 0), ROWS, WORDS)
             first, second = first_of(value, DTYPE), second_of(value, DTYPE)
             x_first, x_second = first_of(x_pair, DTYPE), second_of(x_pair, DTYPE)
@@ -164,7 +162,6 @@ def _skinny_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # of M
     STEP: tl.constexpr,
-    COPIES: tl.constexpr,
     NESTED: tl.constexpr,
     DTYPE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -174,8 +171,7 @@ def _skinny_kernel(
     tile = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(2).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    table = pair_table(code, DTYPE, COPIES)
-    copy = (tl.arange(0, ROWS * WORDS * 4) // 4) % COPIES
+    table = pair_table(code, DTYPE)
     offset = 0.0
     if NESTED:
         offset = tl.load(nested_offset)
@@ -192,7 +188,7 @@ def _skinny_kernel(
             x + column[:, None] * (row_words * 4) + pair[None, :], mask=inside, other=0
         )
         index = tl.reshape(bytes_of(packed), ROWS * WORDS * 4)
-        values = tl.gather(table, (index * COPIES) | copy, 0)
+        values = tl.gather(table, index, 0)
         values = tl.reshape(values, ROWS, STEP // 2)
         part = tl.dot(
             first_of(values, DTYPE), tl.trans(first_of(x_pairs, DTYPE)), input_precision="ieee"
@@ -254,7 +250,6 @@ def _backward_kernel(
     WIDTH: tl.constexpr,  # of K
     COLUMNS: tl.constexpr,  # of M
     ROWS: tl.constexpr,  # of N, a step
-    COPIES: tl.constexpr,
     NESTED: tl.constexpr,
     DTYPE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -267,8 +262,7 @@ def _backward_kernel(
     tile = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     column = tl.program_id(2).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    table = pair_table(code, tl.float32, COPIES)
-    copy = (tl.arange(0, ROWS * WORDS * 4) // 4) % COPIES
+    table = pair_table(code, tl.float32)
     offset = 0.0
     if NESTED:
         offset = tl.load(nested_offset)
@@ -286,7 +280,7 @@ def _backward_kernel(
             tl.broadcast_to(scales[:, :, None], ROWS, GROUPS, GROUP // 2), ROWS, WIDTH // 2
         )
         index = tl.reshape(bytes_of(packed), ROWS * WORDS * 4)
-        values = tl.gather(table, (index * COPIES) | copy, 0)
+        values = tl.gather(table, index, 0)
         values = tl.reshape(values, ROWS, WIDTH // 2)
         first = (first_of(values, tl.float32) * scales).to(DTYPE)
         second = (second_of(values, tl.float32) * scales).to(DTYPE)
@@ -400,7 +394,6 @@ def fused(
             RANK_PADDED=triton.next_power_of_2(max(rank, 1)),
             ROWS=vector.rows,
             STEP=max(vector.step, weight.block_size),
-            COPIES=vector.copies,
             num_warps=vector.num_warps,
             **common,
         )
@@ -421,7 +414,6 @@ def fused(
         ROWS=skinny.rows,
         COLUMNS=columns,
         STEP=step,
-        COPIES=skinny.copies,
         SPLITS=splits,
         STAGES=skinny.stages,
         num_warps=skinny.num_warps[columns],
@@ -462,7 +454,6 @@ def fused_dx(dy: Tensor, weight: PackedWeight, path: Path | None = None) -> Tens
         WIDTH=config.columns,
         COLUMNS=columns,
         ROWS=config.rows,
-        COPIES=config.copies,
         NESTED=weight.nested_absmax is not None,
         DTYPE=_DTYPES[dy.dtype],
         SPLITS=splits,

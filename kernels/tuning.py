@@ -34,24 +34,22 @@ class Dequantize:
 
 @dataclass(frozen=True)
 class Vector:
-    """M = 1. rows: output values a program; step: values of K at a time; copies of the table."""
+    """M = 1. rows: output values a program; step: values of K at a time."""
 
     rows: int
     step: int
-    copies: int
     num_warps: int
 
 
 @dataclass(frozen=True)
 class Skinny:
-    """rows: of W a program; copies of the table; stages: steps of K loaded ahead.
+    """rows: of W a program; stages: steps of K loaded ahead.
 
     num_warps goes by the columns of M that a program takes: on a Hopper, 64 columns in 4 warps
     spill registers; on a Blackwell they do not, and 8 warps do.
     """
 
     rows: int
-    copies: int
     num_warps: dict[int, int]
     stages: int
 
@@ -62,7 +60,6 @@ class Backward:
 
     columns: int
     rows: int
-    copies: int
     num_warps: int
     stages: int
 
@@ -74,22 +71,22 @@ _DEQUANTIZE = {
     100: Dequantize(tile=8192, num_warps=4),
 }
 _VECTOR = {
-    80: Vector(rows=8, step=2048, copies=8, num_warps=4),
-    89: Vector(rows=8, step=2048, copies=8, num_warps=4),
-    90: Vector(rows=8, step=2048, copies=8, num_warps=4),
-    100: Vector(rows=8, step=2048, copies=8, num_warps=4),
+    80: Vector(rows=8, step=2048, num_warps=4),
+    89: Vector(rows=8, step=2048, num_warps=4),
+    90: Vector(rows=8, step=2048, num_warps=4),
+    100: Vector(rows=8, step=2048, num_warps=4),
 }
 _SKINNY = {
-    80: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
-    89: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 8}, stages=3),
-    90: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
-    100: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 4}, stages=4),
+    80: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
+    89: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=3),
+    90: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
+    100: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 4}, stages=4),
 }
 _BACKWARD = {
-    80: Backward(columns=128, rows=32, copies=1, num_warps=4, stages=3),
-    89: Backward(columns=128, rows=32, copies=1, num_warps=4, stages=3),
-    90: Backward(columns=128, rows=64, copies=1, num_warps=4, stages=3),
-    100: Backward(columns=128, rows=64, copies=1, num_warps=4, stages=3),
+    80: Backward(columns=128, rows=32, num_warps=4, stages=3),
+    89: Backward(columns=128, rows=32, num_warps=4, stages=3),
+    90: Backward(columns=128, rows=64, num_warps=4, stages=3),
+    100: Backward(columns=128, rows=64, num_warps=4, stages=3),
 }
 
 
