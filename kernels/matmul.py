@@ -2,7 +2,7 @@
 
     M = 1                  vector kernel    ordinary multiplications, a program 8 rows of W
     2 <= M <= crossover    skinny kernel    tensor cores, W decoded on the way
-    above                  decode a tile of W into one scratch that stays in L2, then cuBLAS
+    above                  decode a tile of W into a scratch that stays in L2, then cuBLAS
 
 At small M the weight is what is read: 0.516 bytes a value against bf16's 2, so the limit is 3.87
 times as fast. The two fused kernels read it once and never write it.
@@ -58,7 +58,6 @@ _DTYPES = {
     torch.float16: tl.float16,
 }
 _PAIRS = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
-_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 @triton.jit
@@ -471,8 +470,10 @@ def unfused(
     N, K = weight.shape
     rows = x.reshape(-1, K)
     y = empty((rows.shape[0], N), x.dtype, x.device)
-    for begin, end in _row_chunks(weight, x):
-        W = _decoded(weight, x, begin, end)
+    chunks = _row_chunks(weight, x)
+    scratch = _scratch(chunks[0][1] * K if chunks else 0, x)
+    for begin, end in chunks:
+        W = dequantize(weight, scratch[: (end - begin) * K].view(-1, K), start=begin * K)
         part = y[:, begin:end]
         if bias is None:
             torch.mm(rows, W.t(), out=part)
@@ -484,12 +485,12 @@ def unfused(
 def unfused_dx(dy: Tensor, weight: PackedWeight, path: Path | None = None) -> Tensor:
     """`matmul_dx` by decoding the whole of W into the scratch, followed by one product.
 
-    In chunks of rows, dx would be rounded after each; so the scratch grows to the largest weight.
+    In chunks of rows, dx would be rounded after each.
     """
     N, K = weight.shape
     rows = dy.reshape(-1, N)
     dx = empty((rows.shape[0], K), dy.dtype, dy.device)
-    torch.mm(rows, _decoded(weight, dy, 0, N), out=dx)
+    torch.mm(rows, dequantize(weight, _scratch(N * K, dy).view(N, K)), out=dx)
     return _add_path(dx, path).view(*dy.shape[:-1], K)
 
 
@@ -510,15 +511,14 @@ def _row_chunks(weight: PackedWeight, x: Tensor) -> list[tuple[int, int]]:
     return [(begin, min(begin + rows, N)) for begin in range(0, N, rows)]
 
 
-def _decoded(weight: PackedWeight, like: Tensor, begin: int, end: int) -> Tensor:
-    """Rows begin ... end of W in the scratch: valid until the next call, never to be kept."""
-    K = weight.shape[1]
-    key = (like.device, like.dtype)
-    size = (end - begin) * K
-    if key not in _scratch or _scratch[key].numel() < size:
-        with torch.inference_mode(False):
-            _scratch[key] = empty((size,), like.dtype, like.device)
-    return dequantize(weight, _scratch[key][:size].view(end - begin, K), start=begin * K)
+def _scratch(size: int, like: Tensor) -> Tensor:
+    """Room for a decoded weight or a chunk of it, gone with the call.
+
+    torch's allocator gives it from what this stream, or the graph that is being captured, has just
+    freed: the same memory each time, and never memory that another stream or graph still reads. A
+    buffer kept here would have to know of both.
+    """
+    return empty((size,), like.dtype, like.device)
 
 
 def _aligned(x: Tensor, alignment: int) -> Tensor:

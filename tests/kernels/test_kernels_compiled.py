@@ -122,7 +122,7 @@ def test_the_simulation_tells_copies_that_spread_from_copies_that_all_lanes_shar
     def gather(copies, places):
         return (
             f"#at = #ttg.blocked<{{sizePerThread = [{places}], threadsPerWarp = [32]}}>\n"
-            f"%v = tt.gather %t[%i] : (tensor<{256 * copies}xi32, #b>, tensor<9xi32, #at>) -> tensor"
+            f"tt.gather %t[%i] : (tensor<{256 * copies}xi32, #b>, tensor<9xi32, #at>) -> tensor"
         )
 
     assert wavefronts_a_gather(gather(4, 16)) == pytest.approx(6.5, abs=0.2)
