@@ -25,17 +25,19 @@ is scaled and rounded, exactly as `dequantize` does.
 part; the last to arrive adds them up in a fixed order, so the same call gives the same bits.
 
 **A low-rank path** (h, up, scaling) adds scaling * h up^T to y before it is rounded: LoRA without a
-second pass over y.
+second pass over y. The rank is taken in tiles: a larger one needs no more shared memory.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorax.kernels import tuning
 from lorax.kernels.common import (
@@ -78,7 +80,7 @@ def _vector_kernel(
     row_blocks,  # K / BLOCK_SIZE
     scaling,
     RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,11 +126,12 @@ def _vector_kernel(
         sums += part * tl.reshape(scales, ROWS, WORDS)
     result = tl.sum(sums, 1)
     if RANK > 0:
-        rank = tl.arange(0, RANK_PADDED)
-        inside = (row < N)[:, None] & (rank < RANK)[None, :]
-        ups = tl.load(up + row[:, None] * RANK + rank[None, :], mask=inside, other=0.0)
-        hs = tl.load(h + rank, mask=rank < RANK, other=0.0)
-        result += scaling * tl.sum(ups.to(tl.float32) * hs.to(tl.float32)[None, :], 1)
+        for begin in tl.range(0, RANK, RANK_TILE, num_stages=1):
+            rank = begin + tl.arange(0, RANK_TILE)
+            inside = (row < N)[:, None] & (rank < RANK)[None, :]
+            ups = tl.load(up + row[:, None] * RANK + rank[None, :], mask=inside, other=0.0)
+            hs = tl.load(h + rank, mask=rank < RANK, other=0.0)
+            result += scaling * tl.sum(ups.to(tl.float32) * hs.to(tl.float32)[None, :], 1)
     if BIAS:
         result += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
     tl.store(y + row, result.to(y.dtype.element_ty), mask=row < N)
@@ -155,7 +158,7 @@ def _skinny_kernel(
     row_blocks,
     scaling,
     RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -203,18 +206,19 @@ def _skinny_kernel(
     sums, last = sum_of_splits(sums, parts, arrivals, tile, place, ROWS * COLUMNS, SPLITS)
     if last:
         if RANK > 0:
-            rank = tl.arange(0, RANK_PADDED)
-            ups = tl.load(
-                up + row[:, None] * RANK + rank[None, :],
-                mask=(row < N)[:, None] & (rank < RANK)[None, :],
-                other=0.0,
-            ).to(DTYPE)
-            hs = tl.load(
-                h + column[None, :] * RANK + rank[:, None],
-                mask=(column < M)[None, :] & (rank < RANK)[:, None],
-                other=0.0,
-            )
-            sums += scaling * tl.dot(ups, hs, input_precision="ieee")
+            for begin in tl.range(0, RANK, RANK_TILE, num_stages=1):
+                rank = begin + tl.arange(0, RANK_TILE)
+                ups = tl.load(
+                    up + row[:, None] * RANK + rank[None, :],
+                    mask=(row < N)[:, None] & (rank < RANK)[None, :],
+                    other=0.0,
+                ).to(DTYPE)
+                hs = tl.load(
+                    h + column[None, :] * RANK + rank[:, None],
+                    mask=(column < M)[None, :] & (rank < RANK)[:, None],
+                    other=0.0,
+                )
+                sums += scaling * tl.dot(ups, hs, input_precision="ieee")
         if BIAS:
             sums += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
         tl.store(
@@ -244,7 +248,7 @@ def _backward_kernel(
     row_blocks,
     scaling,
     RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,  # of K
     COLUMNS: tl.constexpr,  # of M
@@ -293,23 +297,23 @@ def _backward_kernel(
     SIZE: tl.constexpr = WIDTH * COLUMNS
     both, last = sum_of_splits(tl.join(even, odd), parts, arrivals, tile, place, SIZE, SPLITS)
     if last:
+        even, odd = tl.split(both)
         if RANK > 0:
-            even, odd = tl.split(both)
-            rank = tl.arange(0, RANK_PADDED)
-            hs = tl.load(
-                h + column[None, :] * RANK + rank[:, None],
-                mask=(column < M)[None, :] & (rank < RANK)[:, None],
-                other=0.0,
-            )
-            pair = tl.program_id(0).to(tl.int64) * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
-            at = up + rank[None, :].to(tl.int64) * K + pair[:, None] * 2
-            inside = (rank < RANK)[None, :] & (pair * 2 < K)[:, None]
-            ups = tl.load(at, mask=inside, other=0.0).to(DTYPE)
-            even += scaling * tl.dot(ups, hs, input_precision="ieee")
-            ups = tl.load(at + 1, mask=inside, other=0.0).to(DTYPE)
-            odd += scaling * tl.dot(ups, hs, input_precision="ieee")
-            both = tl.join(even, odd)
-        result = tl.reshape(tl.permute(both, 1, 0, 2), COLUMNS, WIDTH)
+            for begin in tl.range(0, RANK, RANK_TILE, num_stages=1):
+                rank = begin + tl.arange(0, RANK_TILE)
+                hs = tl.load(
+                    h + column[None, :] * RANK + rank[:, None],
+                    mask=(column < M)[None, :] & (rank < RANK)[:, None],
+                    other=0.0,
+                )
+                pair = tl.program_id(0).to(tl.int64) * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
+                at = up + rank[None, :].to(tl.int64) * K + pair[:, None] * 2
+                inside = (rank < RANK)[None, :] & (pair * 2 < K)[:, None]
+                ups = tl.load(at, mask=inside, other=0.0).to(DTYPE)
+                even += scaling * tl.dot(ups, hs, input_precision="ieee")
+                ups = tl.load(at + 1, mask=inside, other=0.0).to(DTYPE)
+                odd += scaling * tl.dot(ups, hs, input_precision="ieee")
+        result = tl.reshape(tl.permute(tl.join(even, odd), 1, 0, 2), COLUMNS, WIDTH)
         k = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
         tl.store(
             dx + column[:, None] * K + k[None, :],
@@ -362,6 +366,24 @@ def matmul_dx(dy: Tensor, weight: PackedWeight, path: Path | None = None) -> Ten
     return unfused_dx(dy, weight, path)
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return matmul(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return matmul_dx(gradients[0], ctx.weight), None, None
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`matmul` with a gradient for x."""
+    y: Tensor = _Linear.apply(x, weight, bias)
+    return y
+
+
 def fused(
     x: Tensor, weight: PackedWeight, bias: Tensor | None = None, path: Path | None = None
 ) -> Tensor:
@@ -390,7 +412,7 @@ def fused(
             (triton.cdiv(N, vector.rows),),
             *inputs,
             *sizes,
-            RANK_PADDED=triton.next_power_of_2(max(rank, 1)),
+            RANK_TILE=tuning.rank_tile(rank, tuning.RANKS_BESIDE_A_PRODUCT),
             ROWS=vector.rows,
             STEP=max(vector.step, weight.block_size),
             num_warps=vector.num_warps,
@@ -409,7 +431,7 @@ def fused(
         *split_buffers(x.device, grid[0] * grid[1], splits, skinny.rows * columns),
         M,
         *sizes,
-        RANK_PADDED=max(16, triton.next_power_of_2(max(rank, 1))),
+        RANK_TILE=tuning.rank_tile(rank, tuning.RANKS_BESIDE_A_PRODUCT),
         ROWS=skinny.rows,
         COLUMNS=columns,
         STEP=step,
@@ -448,7 +470,7 @@ def fused_dx(dy: Tensor, weight: PackedWeight, path: Path | None = None) -> Tens
         K // weight.block_size,
         scaling,
         RANK=rank,
-        RANK_PADDED=max(16, triton.next_power_of_2(max(rank, 1))),
+        RANK_TILE=tuning.rank_tile(rank, tuning.RANKS_BESIDE_A_PRODUCT),
         BLOCK_SIZE=weight.block_size,
         WIDTH=config.columns,
         COLUMNS=columns,

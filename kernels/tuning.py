@@ -4,7 +4,8 @@ Nothing is tuned at run time: an autotuner picks what was fastest a moment ago, 
 another order of summation. Each table below has one row a GPU family; a GPU that is not listed gets
 the row of the nearest older one.
 
-    sm_80 A100 | sm_89 RTX 4090, L40S | sm_90 H100, H200 | sm_100 B200
+    sm_80 A100 | sm_86 RTX 3090, A40 | sm_89 RTX 4090, L40S | sm_90 H100, H200 | sm_100 B200 |
+    sm_120 RTX 5090
 
 How the rows came about: tiles and warps were chosen by compiling for each target and reading the
 machine code (registers, no spills, 16-byte loads, instructions a value; benchmarks/static_cost.py).
@@ -18,10 +19,27 @@ from dataclasses import dataclass
 
 import torch
 
-FAMILIES = (80, 89, 90, 100)
-MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}
-SCRATCH_BYTES = {80: 2**24, 89: 2**25, 90: 2**25, 100: 2**26}  # a tile that its L2 can hold
-CROSSOVER = {80: 128, 89: 256, 90: 64, 100: 64}  # up to this M the fused product is used
+FAMILIES = (80, 86, 89, 90, 100, 120)
+MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+SCRATCH_BYTES = {
+    80: 2**24,
+    86: 2**22,
+    89: 2**25,
+    90: 2**25,
+    100: 2**26,
+    120: 2**25,
+}  # a tile that its L2 can hold
+CROSSOVER = {
+    80: 128,
+    86: 128,
+    89: 256,
+    90: 64,
+    100: 64,
+    120: 256,
+}  # up to this M the fused product is used
+# Of a low-rank path's rank, on any GPU: what grows with the rank outgrew sm_89's shared memory at
+# r = 256 and spilled 2,004 registers. Beside a base product's sums there is room for 32 (64 spill).
+RANKS_ALONE, RANKS_BESIDE_A_PRODUCT = 64, 32
 
 
 @dataclass(frozen=True)
@@ -66,27 +84,35 @@ class Backward:
 
 _DEQUANTIZE = {
     80: Dequantize(tile=8192, num_warps=4),
+    86: Dequantize(tile=8192, num_warps=4),
     89: Dequantize(tile=8192, num_warps=4),
     90: Dequantize(tile=8192, num_warps=4),
     100: Dequantize(tile=8192, num_warps=4),
+    120: Dequantize(tile=8192, num_warps=4),
 }
 _VECTOR = {
     80: Vector(rows=8, step=2048, num_warps=4),
+    86: Vector(rows=8, step=2048, num_warps=4),
     89: Vector(rows=8, step=2048, num_warps=4),
     90: Vector(rows=8, step=2048, num_warps=4),
     100: Vector(rows=8, step=2048, num_warps=4),
+    120: Vector(rows=8, step=2048, num_warps=4),
 }
 _SKINNY = {
     80: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
+    86: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=3),
     89: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=3),
     90: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
     100: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 4}, stages=4),
+    120: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=3),
 }
 _BACKWARD = {
     80: Backward(columns=128, rows=32, num_warps=4, stages=3),
+    86: Backward(columns=128, rows=32, num_warps=4, stages=3),
     89: Backward(columns=128, rows=32, num_warps=4, stages=3),
     90: Backward(columns=128, rows=64, num_warps=4, stages=3),
     100: Backward(columns=128, rows=64, num_warps=4, stages=3),
+    120: Backward(columns=128, rows=32, num_warps=4, stages=3),
 }
 
 
@@ -113,6 +139,11 @@ def skinny(capability: int) -> Skinny:
 def backward(capability: int) -> Backward:
     """The row for dx = dy W."""
     return _BACKWARD[family(capability)]
+
+
+def rank_tile(rank: int, most: int) -> int:
+    """How much of a rank is multiplied at once: 16 (the tensor cores' least), 32 ... `most`."""
+    return min(most, 1 << max(4, (rank - 1).bit_length()))
 
 
 def crossover(capability: int, dtype: torch.dtype) -> int:
