@@ -6,25 +6,27 @@
     triton      Triton's interpreter (for tests)       Triton
     compiled    PyTorch, 4-bit decoding compiled       Triton
 
-`with backend("pytorch"):` chooses inside; LORAX_KERNELS=pytorch in the environment chooses for the
-process. Triton is imported when the first kernel runs, never earlier.
+`with backend("pytorch"):` chooses inside, and for the backward of what ran there;
+LORAX_KERNELS=pytorch in the environment chooses for the process. Triton is imported when the first
+kernel runs, never earlier.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from lorax.errors import EnvironmentProblem, UsageError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+T = TypeVar("T")
 BACKENDS = ("auto", "pytorch", "triton", "compiled")
 _forced: ContextVar[str | None] = ContextVar("lorax_kernels", default=None)
 
@@ -45,6 +47,23 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def bound(function: Callable[..., T]) -> Callable[..., T]:
+    """`function` with the choice that holds here, in whichever thread it is called.
+
+    On CUDA autograd runs the backward, and a checkpoint's recomputation, in a thread of its own,
+    which knows nothing of a `with backend(...)` around the forward.
+    """
+    name = None if torch.compiler.is_compiling() else _forced.get()
+    if name is None:
+        return function
+
+    def inside(*args: Any, **named: Any) -> T:
+        with backend(name):
+            return function(*args, **named)
+
+    return inside
 
 
 def uses_triton(tensor: Tensor) -> bool:
