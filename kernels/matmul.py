@@ -2,7 +2,7 @@
 
     M = 1                  vector kernel    ordinary multiplications, a program 8 rows of W
     2 <= M <= crossover    skinny kernel    tensor cores, W decoded on the way
-    above                  decode a tile of W into a scratch that stays in L2, then cuBLAS
+    above                  decode W into a scratch, in chunks that stay in L2 or whole, then cuBLAS
 
 At small M the weight is what is read: 0.516 bytes a value against bf16's 2, so the limit is 3.87
 times as fast. The two fused kernels read it once and never write it.
@@ -525,12 +525,20 @@ def _add_path(y: Tensor, path: Path | None) -> Tensor:
 
 
 def _row_chunks(weight: PackedWeight, x: Tensor) -> list[tuple[int, int]]:
-    """Rows of W that fit the scratch together; each chunk starts with a block."""
+    """Rows of W that fit the scratch together, or all rows; each chunk starts with a block.
+
+    A chunk that stays in L2 saves a trip to memory, a fourth of a product of 2,048 rows at most. A
+    chunk whose last wave of tiles leaves multiprocessors idle costs more: then W is decoded whole.
+    """
     N, K = weight.shape
-    row_bytes = max(1, K * x.element_size())
-    rows = tuning.SCRATCH_BYTES[tuning.family(capability(x.device))] // row_bytes
-    rows = max(rows - rows % weight.block_size, weight.block_size)
-    return [(begin, min(begin + rows, N)) for begin in range(0, N, rows)]
+    gpu = capability(x.device)
+    M = x.numel() // max(1, K)
+    unit = max(weight.block_size, tuning.PRODUCT_TILE[1])
+    rows = tuning.SCRATCH_BYTES[tuning.family(gpu)] // max(1, K * x.element_size())
+    rows = max(rows - rows % unit, unit)
+    chunks = [(begin, min(begin + rows, N)) for begin in range(0, N, rows)]
+    cost = sum(tuning.waves(gpu, M, end - begin) for begin, end in chunks)
+    return chunks if cost <= tuning.waves(gpu, M, N) else [(0, N)]
 
 
 def _scratch(size: int, like: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ CROSSOVER = {
 # Of a low-rank path's rank, on any GPU: what grows with the rank outgrew sm_89's shared memory at
 # r = 256 and spilled 2,004 registers. Beside a base product's sums there is room for 32 (64 spill).
 RANKS_ALONE, RANKS_BESIDE_A_PRODUCT = 64, 32
+PRODUCT_TILE = (128, 256)  # what a multiprocessor computes of a large 16-bit product in cuBLAS
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,12 @@ def crossover(capability: int, dtype: torch.dtype) -> int:
     A float32 product has no tensor-core instruction of full precision, so there it is 1.
     """
     return 1 if dtype == torch.float32 else CROSSOVER[family(capability)]
+
+
+def waves(capability: int, rows: int, columns: int) -> int:
+    """How often all multiprocessors work on a tile of cuBLAS, until (rows, columns) are done."""
+    tiles = -(-rows // PRODUCT_TILE[0]) * -(-columns // PRODUCT_TILE[1])
+    return -(-tiles // MULTIPROCESSORS[family(capability)])
 
 
 def splits(capability: int, tiles: int, steps: int) -> int:

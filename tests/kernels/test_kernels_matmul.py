@@ -118,10 +118,14 @@ def test_other_blocks_fp4_and_plain_scales(guard, r9, small_tiles, block_size):
         check_dx(r9, weight, guard.copy(random(5, 33, dtype=torch.bfloat16)))
 
 
+def chunks_of_64(rows):
+    return [(begin, min(begin + 64, rows)) for begin in range(0, rows, 64)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_beyond_the_crossover(guard, r9, dtype, monkeypatch):
     """Decoded in chunks of rows; also rows that hold no whole number of blocks."""
-    monkeypatch.setitem(tuning.SCRATCH_BYTES, 90, 64 * 1024)
+    monkeypatch.setattr(matmul, "_row_chunks", lambda weight, x: chunks_of_64(weight.shape[0]))
     sizes, scratch = [], matmul._scratch
     monkeypatch.setattr(matmul, "_scratch", lambda n, like: sizes.append(n) or scratch(n, like))
     for N, K in ((200, 320), (150, 321), (70, 96)):
