@@ -88,7 +88,7 @@ TRAINING_FAULTS = [
           "group[\"lr\"] *= factor", "rates multiply from step to step", f"{TRAINER} linear"),
     Fault("lorax/training/loss.py", "labels[:, 1:] != -100", "labels[:, 1:] != -1",
           "masked tokens are trained", f"{TRAINER} cosine"),
-    Fault("lorax/training/loss.py", "labels[:, 1:][counted]", "labels[:, :-1][counted]",
+    Fault("lorax/training/loss.py", "labels[:, 1:][places]", "labels[:, :-1][places]",
           "each token predicts itself", f"{TRAINER} cosine"),
     Fault("lorax/training/loss.py", "gradient * gradients[0], None, None",
           "gradient, None, None", "the loss's factor is lost", f"{TRAINER} cosine"),
