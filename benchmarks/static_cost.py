@@ -1,7 +1,8 @@
 """What the compiler makes of the kernels, for GPUs that need not be there.
 
     python benchmarks/static_cost.py                 a table for sm_90
-    python benchmarks/static_cost.py --targets 80 89 90 100 --json cost.json
+    python benchmarks/static_cost.py --targets 80 86 89 90 100 120 --json cost.json
+    python benchmarks/static_cost.py --ranks 8 64 512 --rank-targets 89 120     LoRA's ranks, too
 
 Every kernel is compiled through its own host function, with the configuration that it would run
 with and the shapes of Llama-3-8B, down to machine code by the ptxas that triton brings. From that:
@@ -31,8 +32,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import torch
 import triton
+from bank_conflicts import wavefronts_a_gather
 
-SHARED_LIMIT_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # a block, opted in
+# Of a block that opts in: CUDA C Programming Guide, technical specifications.
+SHARED_LIMIT_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 LABEL = re.compile(r"^\s*(\.L_\w+):")
@@ -118,6 +121,7 @@ def examine(kernel: Any) -> dict[str, Any]:
         "fused_multiply_adds": count(r"FFMA"),
         "loop_fused_multiply_adds": count(r"FFMA", loop),
         "mul_add_ptx": len(re.findall(r"fma\.rn\.f32", kernel.asm["ptx"])),
+        "wavefronts_a_gather": wavefronts_a_gather(kernel.asm["ttgir"]),
         "packed_vector": packed_vector(kernel.asm["ttgir"]),
         "rounding_conversions": len(re.findall(r"cvt\.rn\.\w+\.f32", kernel.asm["ptx"])),
         "warp_group_products": count(r"HGMMA|UTC\w*MMA"),
@@ -249,45 +253,78 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
     )
 
 
-def measure(targets: list[int], thorough_target: int = 90) -> list[dict[str, Any]]:
-    """All cases on all targets; the wider choice of dtypes and shapes on one of them."""
+def rank_cases(ranks: list[int]) -> Iterator[tuple[str, Callable[[], Any], int]]:
+    """What multiplies with a path, at each rank, where registers and shared memory are scarcest."""
+    from lorax.kernels import lora, matmul
+
+    half, N, K = torch.bfloat16, HIDDEN, FEED_FORWARD
+    weight = make_weight(N, K)
+    x, dy = torch.empty(64, K, dtype=half), torch.empty(64, N, dtype=half)
+    for r in ranks:
+        h, A, B = torch.empty(64, r, dtype=half), torch.empty(r, K), torch.empty(N, r)
+        for M in (1, 16):
+            path = (h[:M], B, 2.0)
+            yield f"r={r} product M={M}", partial(matmul.fused, x[:M], weight, None, path), 0
+        yield f"r={r} dx M=64", partial(matmul.fused_dx, dy, weight, (h, A.t(), 1.0)), 0
+        yield f"r={r} x A^T", partial(lora.down, x, A), 0
+        yield f"r={r} dA", partial(lora.cross, h, x), 0
+
+
+def measure(
+    targets: list[int], ranks: list[int], rank_targets: list[int], thorough_target: int = 90
+) -> list[dict[str, Any]]:
+    """All cases on all targets, more dtypes and shapes on one of them; then the ranks."""
+    whole = [(target, cases(thorough=target == thorough_target)) for target in targets]
+    return [
+        row
+        for target, chosen in [*whole, *((target, rank_cases(ranks)) for target in rank_targets)]
+        for row in compiled_rows(target, chosen)
+    ]
+
+
+def compiled_rows(
+    target: int, chosen: Iterator[tuple[str, Callable[[], Any], int]]
+) -> list[dict[str, Any]]:
+    """The facts of each kernel that the chosen cases start on one target."""
     from lorax.kernels.launch import compile_only
 
     rows = []
-    for target in targets:
-        with compile_only(target) as compiled:
-            for name, call, values in cases(thorough=target == thorough_target):
-                compiled.clear()
-                call()
-                for kernel in compiled:
-                    facts = {"target": target, "case": name, **examine(kernel)}
-                    facts["shared_limit_bytes"] = SHARED_LIMIT_BYTES[target]
-                    body = facts["loop_instructions"] or facts["instructions"]
-                    facts["values_a_thread"] = values
-                    facts["instructions_a_value"] = round(body / values, 2) if values else None
-                    rows.append(facts)
+    with compile_only(target) as compiled:
+        for name, call, values in chosen:
+            compiled.clear()
+            call()
+            for kernel in compiled:
+                facts = {"target": target, "case": name, **examine(kernel)}
+                facts["shared_limit_bytes"] = SHARED_LIMIT_BYTES[target]
+                body = facts["loop_instructions"] or facts["instructions"]
+                facts["values_a_thread"] = values
+                facts["instructions_a_value"] = round(body / values, 2) if values else None
+                rows.append(facts)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", type=int, nargs="+", default=[90], choices=SHARED_LIMIT_BYTES)
+    parser.add_argument("--targets", type=int, nargs="*", default=[90], choices=SHARED_LIMIT_BYTES)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[])
+    parser.add_argument("--rank-targets", type=int, nargs="+", default=[89])
     parser.add_argument("--json", type=Path, help="write all facts here")
     arguments = parser.parse_args()
     import kernel_testing  # noqa: F401  finds lorax.kernels on a machine without lorax
 
-    rows = measure(arguments.targets)
+    rows = measure(arguments.targets, arguments.ranks, arguments.rank_targets)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
     print(
         f"{'target':7}{'case':38}{'regs':>5}{'spill':>6}{'shared':>8}{'SASS':>6}"
-        f"{'a value':>8}{'16 B':>5}{'tensor':>7}"
+        f"{'a value':>8}{'banks':>6}{'16 B':>5}{'tensor':>7}"
     )
     for row in rows:
         print(
             f"sm_{row['target']:<4}{row['case']:38}{row['registers']:5}{row['spills']:6}"
             f"{row['shared_bytes']:8}{row['instructions']:6}"
-            f"{row['instructions_a_value'] or '':>8}{row['wide_loads']:5}"
+            f"{row['instructions_a_value'] or '':>8}{row['wavefronts_a_gather'] or '':>6}"
+            f"{row['wide_loads']:5}"
             f"{row['warp_group_products'] + row['warp_products']:7}"
         )
 

@@ -7,9 +7,9 @@ each stands for make a table; one look-up decodes a byte:
     32 bit   256 x int64     [ second | first ]     the values themselves
 
 A table in shared memory is read by 32 threads at once, through 32 banks. Threads that want
-different words of one bank wait for each other, three or four deep on random bytes. So the product
-kernels keep `COPIES` copies, entry by entry, [b0 b0 ... b1 b1 ...]: threads with different copies
-lie in different banks.
+different words of one bank wait for each other: 3.2 wavefronts a look-up on random bytes
+(benchmarks/bank_conflicts.py). Copies of the table do not pay: eight, spread over the banks, leave
+2.9 and cost an instruction a value; four that all threads of a warp happen to share cost 6.5.
 
 **A scale** is float32, or, with double quantization, a code for the dynamic map; then
 absmax = map[code] * nested_absmax + offset, one multiplication and one addition. PyTorch rounds
@@ -22,8 +22,8 @@ import triton.language as tl
 
 
 @triton.jit
-def pair_table(code, DTYPE: tl.constexpr, COPIES: tl.constexpr):
-    """The two values of each byte, as one integer: (256 * COPIES,) from code (16,) float32."""
+def pair_table(code, DTYPE: tl.constexpr):
+    """The two values of each byte, as one integer: (256,) from code (16,) float32."""
     byte = tl.arange(0, 256)
     first = tl.load(code + (byte >> 4))
     second = tl.load(code + (byte & 15))
@@ -35,8 +35,6 @@ def pair_table(code, DTYPE: tl.constexpr, COPIES: tl.constexpr):
         low = first.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         high = second.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         table = low | (high << 16)
-    if COPIES > 1:
-        table = tl.reshape(tl.broadcast_to(table[:, None], 256, COPIES), 256 * COPIES)
     return table
 
 

@@ -6,9 +6,10 @@
     dX      = logits W                         cuBLAS, straight into its rows of dX
 
 With V = 128,256 and 2,048 tokens the whole logits would be 525 MB in bf16 and 1.05 GB in float32;
-here they are at most CHUNK_BYTES. The kernel reads each logit twice and writes it once; the sum
-runs over the vocabulary online, with the largest logit so far taken out (Milakov and Gimelshein,
-arXiv:1805.02867).
+here they are those of a chunk: 512 rows, 131 MB. Fewer would fill a product's tiles badly (261 rows
+are 68 % of three tiles of 128) and read the head more often, twice a chunk. The kernel reads each
+logit twice and writes it once; the sum runs over the vocabulary online, with the largest logit so
+far taken out (Milakov and Gimelshein, arXiv:1805.02867).
 
 A target of -100 (any that is negative) counts nothing: loss 0 and a row of zeros in dX.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from lorax.kernels.launch import empty, launch
 
-CHUNK_BYTES = 2**26
+CHUNK_BYTES, CHUNK_ROWS = 2**27, 512  # as many rows as fit, in multiples, and never fewer
 COLUMNS = 4096
 
 
@@ -56,6 +57,12 @@ def _softmax_gradient_kernel(
             tl.store(logits + column, p, mask=column < V)
 
 
+def chunk_rows(V: int, value_bytes: int) -> int:
+    """How many rows of V logits are in hand at once: a multiple of CHUNK_ROWS."""
+    rows = CHUNK_BYTES // max(1, V * value_bytes)
+    return max(CHUNK_ROWS, rows - rows % CHUNK_ROWS)
+
+
 def cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, gradient: bool = True
 ) -> tuple[Tensor, Tensor | None]:
@@ -71,7 +78,7 @@ def cross_entropy(
         the loss, () float32, and dX (N, C) in hidden's dtype, or None.
     """
     rows_in_all, V = hidden.shape[0], weight.shape[0]
-    step = max(1, CHUNK_BYTES // max(1, V * hidden.element_size()))
+    step = chunk_rows(V, hidden.element_size())
     losses = empty((rows_in_all,), torch.float32, hidden.device)
     dx = empty(tuple(hidden.shape), hidden.dtype, hidden.device) if gradient else None
     buffer = empty((min(step, rows_in_all), V), hidden.dtype, hidden.device)

@@ -57,7 +57,7 @@ def _dequantize_kernel(
     else:
         place = tile * (TILE // 2) + tl.arange(0, TILE // 2)
         index = tl.load(packed + place, mask=place * 2 < n, other=0).to(tl.int32)
-    pairs = tl.gather(pair_table(code, tl.float32, 1), index, 0)
+    pairs = tl.gather(pair_table(code, tl.float32), index, 0)
 
     block = tile * BLOCKS + tl.arange(0, BLOCKS)
     offset = 0.0

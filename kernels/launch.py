@@ -61,16 +61,31 @@ def capability(device: torch.device) -> int:
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """At least `count` int32 zeros, one buffer a device and stream.
+    """At least `count` int32 zeros: one buffer a device and stream, or one for this launch alone.
 
     Programs that share a tile count their arrivals here; the last one sets its counter to zero
-    again, so the buffer needs no launch to clear it.
+    again, so a stream's buffer needs no launch to clear it. A captured launch has its own: graphs
+    captured on one stream may be replayed side by side, and memory made during a capture is the
+    graph's. It costs the graph one more node, a memset.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream)
+    if capturing(device):
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device, _stream(device))
     if key not in _counters or _counters[key].numel() < count:
         _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
     return _counters[key]
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph takes down what this stream is given, instead of doing it."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_current_stream_capturing())
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def split_buffers(

@@ -13,6 +13,8 @@ Of x nothing but x itself is kept, and h, which is r wide. What is fused, and wh
   costs r / K of the product;
 - dA and dB are products of two tall matrices, one of them r wide: one kernel, float32 sums straight
   into float32 gradients, without a rounding to 16 bits on the way.
+
+The rank is cut into tiles, each a program's: shared memory and registers do not grow with it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorax.kernels import matmul, tuning
 from lorax.kernels.common import sum_of_splits
@@ -47,15 +50,15 @@ def _down_kernel(
     A_column_stride,
     scaling,
     RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
-    row = tile * TILE + tl.arange(0, TILE)
-    rank = tl.arange(0, RANK_PADDED)
-    sums = tl.zeros((TILE, RANK_PADDED), tl.float32)
+    tile = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    rank = tl.program_id(2) * RANK_TILE + tl.arange(0, RANK_TILE)
+    sums = tl.zeros((TILE, RANK_TILE), tl.float32)
     for step in tl.range(tl.program_id(1), tl.cdiv(C, STEP), SPLITS, num_stages=3):
         column = (step * STEP + tl.arange(0, STEP)).to(tl.int64)
         inside = (row < M)[:, None] & (column < C)[None, :]
@@ -64,8 +67,8 @@ def _down_kernel(
         inside = (rank < RANK)[None, :] & (column < C)[:, None]
         As = tl.load(at, mask=inside, other=0.0).to(x.dtype.element_ty)
         sums = tl.dot(xs, As, sums, input_precision="ieee")
-    place = tl.arange(0, TILE)[:, None] * RANK_PADDED + rank[None, :]
-    SIZE: tl.constexpr = TILE * RANK_PADDED
+    place = tl.arange(0, TILE)[:, None] * RANK_TILE + tl.arange(0, RANK_TILE)[None, :]
+    SIZE: tl.constexpr = TILE * RANK_TILE
     sums, last = sum_of_splits(sums, parts, arrivals, tile, place, SIZE, SPLITS)
     if last:
         inside = (row < M)[:, None] & (rank < RANK)[None, :]
@@ -86,15 +89,15 @@ def _cross_kernel(
     out_rank_stride,
     scaling,
     RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
-    column = tile * TILE + tl.arange(0, TILE)
-    rank = tl.arange(0, RANK_PADDED)
-    sums = tl.zeros((TILE, RANK_PADDED), tl.float32)
+    tile = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    rank = tl.program_id(2) * RANK_TILE + tl.arange(0, RANK_TILE)
+    sums = tl.zeros((TILE, RANK_TILE), tl.float32)
     for step in tl.range(tl.program_id(1), tl.cdiv(M, STEP), SPLITS, num_stages=3):
         row = (step * STEP + tl.arange(0, STEP)).to(tl.int64)
         inside = (row < M)[:, None] & (column < C)[None, :]
@@ -102,8 +105,8 @@ def _cross_kernel(
         inside = (row < M)[:, None] & (rank < RANK)[None, :]
         thins = tl.load(thin + row[:, None] * RANK + rank[None, :], mask=inside, other=0.0)
         sums = tl.dot(tl.trans(wides), thins, sums, input_precision="ieee")
-    place = tl.arange(0, TILE)[:, None] * RANK_PADDED + rank[None, :]
-    SIZE: tl.constexpr = TILE * RANK_PADDED
+    place = tl.arange(0, TILE)[:, None] * RANK_TILE + tl.arange(0, RANK_TILE)[None, :]
+    SIZE: tl.constexpr = TILE * RANK_TILE
     sums, last = sum_of_splits(sums, parts, arrivals, tile, place, SIZE, SPLITS)
     if last:
         inside = (column < C)[:, None] & (rank < RANK)[None, :]
@@ -118,21 +121,22 @@ def down(x: Tensor, A: Tensor, scaling: float = 1.0) -> Tensor:
     h = empty((M, rank), x.dtype, x.device)
     step = STEPS[x.element_size()]
     tiles, steps = triton.cdiv(M, TILE), triton.cdiv(C, step)
-    padded = max(16, triton.next_power_of_2(rank))
-    splits = tuning.splits(capability(x.device), tiles, steps)
+    width = tuning.rank_tile(rank, tuning.RANKS_ALONE)
+    widths = triton.cdiv(rank, width)
+    splits = tuning.splits(capability(x.device), tiles * widths, steps)
     launch(
         _down_kernel,
-        (tiles, splits),
+        (tiles, splits, widths),
         rows,
         A,
         h,
-        *split_buffers(x.device, tiles, splits, TILE * padded),
+        *split_buffers(x.device, tiles * widths, splits, TILE * width),
         M,
         C,
         *A.stride(),
         scaling,
         RANK=rank,
-        RANK_PADDED=padded,
+        RANK_TILE=width,
         TILE=TILE,
         STEP=step,
         SPLITS=splits,
@@ -156,21 +160,22 @@ def cross(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
     (M, C), rank = wide.shape, thin.shape[1]
     step = STEPS[left.element_size()]
     tiles, steps = triton.cdiv(C, TILE), triton.cdiv(M, step)
-    padded = max(16, triton.next_power_of_2(rank))
-    splits = tuning.splits(capability(left.device), tiles, steps)
+    width = tuning.rank_tile(rank, tuning.RANKS_ALONE)
+    widths = triton.cdiv(rank, width)
+    splits = tuning.splits(capability(left.device), tiles * widths, steps)
     launch(
         _cross_kernel,
-        (tiles, splits),
+        (tiles, splits, widths),
         wide,
         thin,
         out,
-        *split_buffers(left.device, tiles, splits, TILE * padded),
+        *split_buffers(left.device, tiles * widths, splits, TILE * width),
         M,
         C,
         *strides,
         scaling,
         RANK=rank,
-        RANK_PADDED=padded,
+        RANK_TILE=width,
         TILE=TILE,
         STEP=step,
         SPLITS=splits,
@@ -237,6 +242,7 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, h, A, B = ctx.saved_tensors
         wants_dx = ctx.needs_input_grad[0]

@@ -2,7 +2,7 @@
 
     M = 1                  vector kernel    ordinary multiplications, a program 8 rows of W
     2 <= M <= crossover    skinny kernel    tensor cores, W decoded on the way
-    above                  decode a tile of W into one scratch that stays in L2, then cuBLAS
+    above                  decode W into a scratch, in chunks that stay in L2 or whole, then cuBLAS
 
 At small M the weight is what is read: 0.516 bytes a value against bf16's 2, so the limit is 3.87
 times as fast. The two fused kernels read it once and never write it.
@@ -25,17 +25,19 @@ is scaled and rounded, exactly as `dequantize` does.
 part; the last to arrive adds them up in a fixed order, so the same call gives the same bits.
 
 **A low-rank path** (h, up, scaling) adds scaling * h up^T to y before it is rounded: LoRA without a
-second pass over y.
+second pass over y. The rank is taken in tiles: a larger one needs no more shared memory.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorax.kernels import tuning
 from lorax.kernels.common import (
@@ -58,7 +60,6 @@ _DTYPES = {
     torch.float16: tl.float16,
 }
 _PAIRS = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
-_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 @triton.jit
@@ -79,19 +80,18 @@ def _vector_kernel(
     row_blocks,  # K / BLOCK_SIZE
     scaling,
     RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
-    COPIES: tl.constexpr,
     NESTED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     WORDS: tl.constexpr = STEP // 8
     BLOCKS: tl.constexpr = STEP // BLOCK_SIZE
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    table = pair_table(code, DTYPE, COPIES)
+    table = pair_table(code, DTYPE)
     offset = 0.0
     if NESTED:
         offset = tl.load(nested_offset)
@@ -113,12 +113,11 @@ def _vector_kernel(
         even, odd = tl.split(tl.reshape(pairs, WORDS, 2, 2))
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
-        copy = ((word // 4) % COPIES)[None, :]
 
         part = tl.zeros((ROWS, WORDS), tl.float32)
         for byte in tl.static_range(4):
             x_pair = x0 if byte == 0 else (x1 if byte == 1 else (x2 if byte == 2 else x3))
-            index = (((packed >> (8 * byte)) & 255) * COPIES) | copy
+            index = (packed >> (8 * byte)) & 255
             value = tl.reshape(tl.gather(table, tl.reshape(index, ROWS * WORDS), 0), ROWS, WORDS)
             first, second = first_of(value, DTYPE), second_of(value, DTYPE)
             x_first, x_second = first_of(x_pair, DTYPE), second_of(x_pair, DTYPE)
@@ -127,11 +126,12 @@ def _vector_kernel(
         sums += part * tl.reshape(scales, ROWS, WORDS)
     result = tl.sum(sums, 1)
     if RANK > 0:
-        rank = tl.arange(0, RANK_PADDED)
-        inside = (row < N)[:, None] & (rank < RANK)[None, :]
-        ups = tl.load(up + row[:, None] * RANK + rank[None, :], mask=inside, other=0.0)
-        hs = tl.load(h + rank, mask=rank < RANK, other=0.0)
-        result += scaling * tl.sum(ups.to(tl.float32) * hs.to(tl.float32)[None, :], 1)
+        for begin in tl.range(0, RANK, RANK_TILE, num_stages=1):
+            rank = begin + tl.arange(0, RANK_TILE)
+            inside = (row < N)[:, None] & (rank < RANK)[None, :]
+            ups = tl.load(up + row[:, None] * RANK + rank[None, :], mask=inside, other=0.0)
+            hs = tl.load(h + rank, mask=rank < RANK, other=0.0)
+            result += scaling * tl.sum(ups.to(tl.float32) * hs.to(tl.float32)[None, :], 1)
     if BIAS:
         result += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
     tl.store(y + row, result.to(y.dtype.element_ty), mask=row < N)
@@ -158,13 +158,12 @@ def _skinny_kernel(
     row_blocks,
     scaling,
     RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # of M
     STEP: tl.constexpr,
-    COPIES: tl.constexpr,
     NESTED: tl.constexpr,
     DTYPE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -174,8 +173,7 @@ def _skinny_kernel(
     tile = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(2).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    table = pair_table(code, DTYPE, COPIES)
-    copy = (tl.arange(0, ROWS * WORDS * 4) // 4) % COPIES
+    table = pair_table(code, DTYPE)
     offset = 0.0
     if NESTED:
         offset = tl.load(nested_offset)
@@ -192,7 +190,7 @@ def _skinny_kernel(
             x + column[:, None] * (row_words * 4) + pair[None, :], mask=inside, other=0
         )
         index = tl.reshape(bytes_of(packed), ROWS * WORDS * 4)
-        values = tl.gather(table, (index * COPIES) | copy, 0)
+        values = tl.gather(table, index, 0)
         values = tl.reshape(values, ROWS, STEP // 2)
         part = tl.dot(
             first_of(values, DTYPE), tl.trans(first_of(x_pairs, DTYPE)), input_precision="ieee"
@@ -208,18 +206,19 @@ def _skinny_kernel(
     sums, last = sum_of_splits(sums, parts, arrivals, tile, place, ROWS * COLUMNS, SPLITS)
     if last:
         if RANK > 0:
-            rank = tl.arange(0, RANK_PADDED)
-            ups = tl.load(
-                up + row[:, None] * RANK + rank[None, :],
-                mask=(row < N)[:, None] & (rank < RANK)[None, :],
-                other=0.0,
-            ).to(DTYPE)
-            hs = tl.load(
-                h + column[None, :] * RANK + rank[:, None],
-                mask=(column < M)[None, :] & (rank < RANK)[:, None],
-                other=0.0,
-            )
-            sums += scaling * tl.dot(ups, hs, input_precision="ieee")
+            for begin in tl.range(0, RANK, RANK_TILE, num_stages=1):
+                rank = begin + tl.arange(0, RANK_TILE)
+                ups = tl.load(
+                    up + row[:, None] * RANK + rank[None, :],
+                    mask=(row < N)[:, None] & (rank < RANK)[None, :],
+                    other=0.0,
+                ).to(DTYPE)
+                hs = tl.load(
+                    h + column[None, :] * RANK + rank[:, None],
+                    mask=(column < M)[None, :] & (rank < RANK)[:, None],
+                    other=0.0,
+                )
+                sums += scaling * tl.dot(ups, hs, input_precision="ieee")
         if BIAS:
             sums += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
         tl.store(
@@ -249,12 +248,11 @@ def _backward_kernel(
     row_blocks,
     scaling,
     RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,  # of K
     COLUMNS: tl.constexpr,  # of M
     ROWS: tl.constexpr,  # of N, a step
-    COPIES: tl.constexpr,
     NESTED: tl.constexpr,
     DTYPE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -267,8 +265,7 @@ def _backward_kernel(
     tile = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     column = tl.program_id(2).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    table = pair_table(code, tl.float32, COPIES)
-    copy = (tl.arange(0, ROWS * WORDS * 4) // 4) % COPIES
+    table = pair_table(code, tl.float32)
     offset = 0.0
     if NESTED:
         offset = tl.load(nested_offset)
@@ -286,7 +283,7 @@ def _backward_kernel(
             tl.broadcast_to(scales[:, :, None], ROWS, GROUPS, GROUP // 2), ROWS, WIDTH // 2
         )
         index = tl.reshape(bytes_of(packed), ROWS * WORDS * 4)
-        values = tl.gather(table, (index * COPIES) | copy, 0)
+        values = tl.gather(table, index, 0)
         values = tl.reshape(values, ROWS, WIDTH // 2)
         first = (first_of(values, tl.float32) * scales).to(DTYPE)
         second = (second_of(values, tl.float32) * scales).to(DTYPE)
@@ -300,23 +297,23 @@ def _backward_kernel(
     SIZE: tl.constexpr = WIDTH * COLUMNS
     both, last = sum_of_splits(tl.join(even, odd), parts, arrivals, tile, place, SIZE, SPLITS)
     if last:
+        even, odd = tl.split(both)
         if RANK > 0:
-            even, odd = tl.split(both)
-            rank = tl.arange(0, RANK_PADDED)
-            hs = tl.load(
-                h + column[None, :] * RANK + rank[:, None],
-                mask=(column < M)[None, :] & (rank < RANK)[:, None],
-                other=0.0,
-            )
-            pair = tl.program_id(0).to(tl.int64) * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
-            at = up + rank[None, :].to(tl.int64) * K + pair[:, None] * 2
-            inside = (rank < RANK)[None, :] & (pair * 2 < K)[:, None]
-            ups = tl.load(at, mask=inside, other=0.0).to(DTYPE)
-            even += scaling * tl.dot(ups, hs, input_precision="ieee")
-            ups = tl.load(at + 1, mask=inside, other=0.0).to(DTYPE)
-            odd += scaling * tl.dot(ups, hs, input_precision="ieee")
-            both = tl.join(even, odd)
-        result = tl.reshape(tl.permute(both, 1, 0, 2), COLUMNS, WIDTH)
+            for begin in tl.range(0, RANK, RANK_TILE, num_stages=1):
+                rank = begin + tl.arange(0, RANK_TILE)
+                hs = tl.load(
+                    h + column[None, :] * RANK + rank[:, None],
+                    mask=(column < M)[None, :] & (rank < RANK)[:, None],
+                    other=0.0,
+                )
+                pair = tl.program_id(0).to(tl.int64) * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
+                at = up + rank[None, :].to(tl.int64) * K + pair[:, None] * 2
+                inside = (rank < RANK)[None, :] & (pair * 2 < K)[:, None]
+                ups = tl.load(at, mask=inside, other=0.0).to(DTYPE)
+                even += scaling * tl.dot(ups, hs, input_precision="ieee")
+                ups = tl.load(at + 1, mask=inside, other=0.0).to(DTYPE)
+                odd += scaling * tl.dot(ups, hs, input_precision="ieee")
+        result = tl.reshape(tl.permute(tl.join(even, odd), 1, 0, 2), COLUMNS, WIDTH)
         k = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
         tl.store(
             dx + column[:, None] * K + k[None, :],
@@ -369,6 +366,24 @@ def matmul_dx(dy: Tensor, weight: PackedWeight, path: Path | None = None) -> Ten
     return unfused_dx(dy, weight, path)
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return matmul(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return matmul_dx(gradients[0], ctx.weight), None, None
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`matmul` with a gradient for x."""
+    y: Tensor = _Linear.apply(x, weight, bias)
+    return y
+
+
 def fused(
     x: Tensor, weight: PackedWeight, bias: Tensor | None = None, path: Path | None = None
 ) -> Tensor:
@@ -397,10 +412,9 @@ def fused(
             (triton.cdiv(N, vector.rows),),
             *inputs,
             *sizes,
-            RANK_PADDED=triton.next_power_of_2(max(rank, 1)),
+            RANK_TILE=tuning.rank_tile(rank, tuning.RANKS_BESIDE_A_PRODUCT),
             ROWS=vector.rows,
             STEP=max(vector.step, weight.block_size),
-            COPIES=vector.copies,
             num_warps=vector.num_warps,
             **common,
         )
@@ -417,11 +431,10 @@ def fused(
         *split_buffers(x.device, grid[0] * grid[1], splits, skinny.rows * columns),
         M,
         *sizes,
-        RANK_PADDED=max(16, triton.next_power_of_2(max(rank, 1))),
+        RANK_TILE=tuning.rank_tile(rank, tuning.RANKS_BESIDE_A_PRODUCT),
         ROWS=skinny.rows,
         COLUMNS=columns,
         STEP=step,
-        COPIES=skinny.copies,
         SPLITS=splits,
         STAGES=skinny.stages,
         num_warps=skinny.num_warps[columns],
@@ -457,12 +470,11 @@ def fused_dx(dy: Tensor, weight: PackedWeight, path: Path | None = None) -> Tens
         K // weight.block_size,
         scaling,
         RANK=rank,
-        RANK_PADDED=max(16, triton.next_power_of_2(max(rank, 1))),
+        RANK_TILE=tuning.rank_tile(rank, tuning.RANKS_BESIDE_A_PRODUCT),
         BLOCK_SIZE=weight.block_size,
         WIDTH=config.columns,
         COLUMNS=columns,
         ROWS=config.rows,
-        COPIES=config.copies,
         NESTED=weight.nested_absmax is not None,
         DTYPE=_DTYPES[dy.dtype],
         SPLITS=splits,
@@ -480,8 +492,10 @@ def unfused(
     N, K = weight.shape
     rows = x.reshape(-1, K)
     y = empty((rows.shape[0], N), x.dtype, x.device)
-    for begin, end in _row_chunks(weight, x):
-        W = _decoded(weight, x, begin, end)
+    chunks = _row_chunks(weight, x)
+    scratch = _scratch(chunks[0][1] * K if chunks else 0, x)
+    for begin, end in chunks:
+        W = dequantize(weight, scratch[: (end - begin) * K].view(-1, K), start=begin * K)
         part = y[:, begin:end]
         if bias is None:
             torch.mm(rows, W.t(), out=part)
@@ -493,12 +507,12 @@ def unfused(
 def unfused_dx(dy: Tensor, weight: PackedWeight, path: Path | None = None) -> Tensor:
     """`matmul_dx` by decoding the whole of W into the scratch, followed by one product.
 
-    In chunks of rows, dx would be rounded after each; so the scratch grows to the largest weight.
+    In chunks of rows, dx would be rounded after each.
     """
     N, K = weight.shape
     rows = dy.reshape(-1, N)
     dx = empty((rows.shape[0], K), dy.dtype, dy.device)
-    torch.mm(rows, _decoded(weight, dy, 0, N), out=dx)
+    torch.mm(rows, dequantize(weight, _scratch(N * K, dy).view(N, K)), out=dx)
     return _add_path(dx, path).view(*dy.shape[:-1], K)
 
 
@@ -511,23 +525,30 @@ def _add_path(y: Tensor, path: Path | None) -> Tensor:
 
 
 def _row_chunks(weight: PackedWeight, x: Tensor) -> list[tuple[int, int]]:
-    """Rows of W that fit the scratch together; each chunk starts with a block."""
+    """Rows of W that fit the scratch together, or all rows; each chunk starts with a block.
+
+    A chunk that stays in L2 saves a trip to memory, a fourth of a product of 2,048 rows at most. A
+    chunk whose last wave of tiles leaves multiprocessors idle costs more: then W is decoded whole.
+    """
     N, K = weight.shape
-    row_bytes = max(1, K * x.element_size())
-    rows = tuning.SCRATCH_BYTES[tuning.family(capability(x.device))] // row_bytes
-    rows = max(rows - rows % weight.block_size, weight.block_size)
-    return [(begin, min(begin + rows, N)) for begin in range(0, N, rows)]
+    gpu = capability(x.device)
+    M = x.numel() // max(1, K)
+    unit = max(weight.block_size, tuning.PRODUCT_TILE[1])
+    rows = tuning.SCRATCH_BYTES[tuning.family(gpu)] // max(1, K * x.element_size())
+    rows = max(rows - rows % unit, unit)
+    chunks = [(begin, min(begin + rows, N)) for begin in range(0, N, rows)]
+    cost = sum(tuning.waves(gpu, M, end - begin) for begin, end in chunks)
+    return chunks if cost <= tuning.waves(gpu, M, N) else [(0, N)]
 
 
-def _decoded(weight: PackedWeight, like: Tensor, begin: int, end: int) -> Tensor:
-    """Rows begin ... end of W in the scratch: valid until the next call, never to be kept."""
-    K = weight.shape[1]
-    key = (like.device, like.dtype)
-    size = (end - begin) * K
-    if key not in _scratch or _scratch[key].numel() < size:
-        with torch.inference_mode(False):
-            _scratch[key] = empty((size,), like.dtype, like.device)
-    return dequantize(weight, _scratch[key][:size].view(end - begin, K), start=begin * K)
+def _scratch(size: int, like: Tensor) -> Tensor:
+    """Room for a decoded weight or a chunk of it, gone with the call.
+
+    torch's allocator gives it from what this stream, or the graph that is being captured, has just
+    freed: the same memory each time, and never memory that another stream or graph still reads. A
+    buffer kept here would have to know of both.
+    """
+    return empty((size,), like.dtype, like.device)
 
 
 def _aligned(x: Tensor, alignment: int) -> Tensor:

@@ -89,6 +89,11 @@ def matmul(
     return _add_path(y, path)
 
 
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Twin of matmul.linear: the gradient is autograd's."""
+    return matmul(x, weight, bias)
+
+
 def matmul_dx(
     dy: Tensor, weight: PackedWeight, path: tuple[Tensor, Tensor, float] | None = None
 ) -> Tensor:

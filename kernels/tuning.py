@@ -4,7 +4,8 @@ Nothing is tuned at run time: an autotuner picks what was fastest a moment ago, 
 another order of summation. Each table below has one row a GPU family; a GPU that is not listed gets
 the row of the nearest older one.
 
-    sm_80 A100 | sm_89 RTX 4090, L40S | sm_90 H100, H200 | sm_100 B200
+    sm_80 A100 | sm_86 RTX 3090, A40 | sm_89 RTX 4090, L40S | sm_90 H100, H200 | sm_100 B200 |
+    sm_120 RTX 5090
 
 How the rows came about: tiles and warps were chosen by compiling for each target and reading the
 machine code (registers, no spills, 16-byte loads, instructions a value; benchmarks/static_cost.py).
@@ -18,10 +19,28 @@ from dataclasses import dataclass
 
 import torch
 
-FAMILIES = (80, 89, 90, 100)
-MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}
-SCRATCH_BYTES = {80: 2**24, 89: 2**25, 90: 2**25, 100: 2**26}  # a tile that its L2 can hold
-CROSSOVER = {80: 128, 89: 256, 90: 64, 100: 64}  # up to this M the fused product is used
+FAMILIES = (80, 86, 89, 90, 100, 120)
+MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+SCRATCH_BYTES = {
+    80: 2**24,
+    86: 2**22,
+    89: 2**25,
+    90: 2**25,
+    100: 2**26,
+    120: 2**25,
+}  # a tile that its L2 can hold
+CROSSOVER = {
+    80: 128,
+    86: 128,
+    89: 256,
+    90: 64,
+    100: 64,
+    120: 256,
+}  # up to this M the fused product is used
+# Of a low-rank path's rank, on any GPU: what grows with the rank outgrew sm_89's shared memory at
+# r = 256 and spilled 2,004 registers. Beside a base product's sums there is room for 32 (64 spill).
+RANKS_ALONE, RANKS_BESIDE_A_PRODUCT = 64, 32
+PRODUCT_TILE = (128, 256)  # what a multiprocessor computes of a large 16-bit product in cuBLAS
 
 
 @dataclass(frozen=True)
@@ -34,24 +53,22 @@ class Dequantize:
 
 @dataclass(frozen=True)
 class Vector:
-    """M = 1. rows: output values a program; step: values of K at a time; copies of the table."""
+    """M = 1. rows: output values a program; step: values of K at a time."""
 
     rows: int
     step: int
-    copies: int
     num_warps: int
 
 
 @dataclass(frozen=True)
 class Skinny:
-    """rows: of W a program; copies of the table; stages: steps of K loaded ahead.
+    """rows: of W a program; stages: steps of K loaded ahead.
 
     num_warps goes by the columns of M that a program takes: on a Hopper, 64 columns in 4 warps
     spill registers; on a Blackwell they do not, and 8 warps do.
     """
 
     rows: int
-    copies: int
     num_warps: dict[int, int]
     stages: int
 
@@ -62,34 +79,41 @@ class Backward:
 
     columns: int
     rows: int
-    copies: int
     num_warps: int
     stages: int
 
 
 _DEQUANTIZE = {
     80: Dequantize(tile=8192, num_warps=4),
+    86: Dequantize(tile=8192, num_warps=4),
     89: Dequantize(tile=8192, num_warps=4),
     90: Dequantize(tile=8192, num_warps=4),
     100: Dequantize(tile=8192, num_warps=4),
+    120: Dequantize(tile=8192, num_warps=4),
 }
 _VECTOR = {
-    80: Vector(rows=8, step=2048, copies=8, num_warps=4),
-    89: Vector(rows=8, step=2048, copies=8, num_warps=4),
-    90: Vector(rows=8, step=2048, copies=8, num_warps=4),
-    100: Vector(rows=8, step=2048, copies=8, num_warps=4),
+    80: Vector(rows=8, step=2048, num_warps=4),
+    86: Vector(rows=8, step=2048, num_warps=4),
+    89: Vector(rows=8, step=2048, num_warps=4),
+    90: Vector(rows=8, step=2048, num_warps=4),
+    100: Vector(rows=8, step=2048, num_warps=4),
+    120: Vector(rows=8, step=2048, num_warps=4),
 }
 _SKINNY = {
-    80: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
-    89: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 8}, stages=3),
-    90: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
-    100: Skinny(rows=128, copies=4, num_warps={16: 4, 32: 4, 64: 4}, stages=4),
+    80: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
+    86: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=3),
+    89: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=3),
+    90: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=4),
+    100: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 4}, stages=4),
+    120: Skinny(rows=128, num_warps={16: 4, 32: 4, 64: 8}, stages=3),
 }
 _BACKWARD = {
-    80: Backward(columns=128, rows=32, copies=1, num_warps=4, stages=3),
-    89: Backward(columns=128, rows=32, copies=1, num_warps=4, stages=3),
-    90: Backward(columns=128, rows=64, copies=1, num_warps=4, stages=3),
-    100: Backward(columns=128, rows=64, copies=1, num_warps=4, stages=3),
+    80: Backward(columns=128, rows=32, num_warps=4, stages=3),
+    86: Backward(columns=128, rows=32, num_warps=4, stages=3),
+    89: Backward(columns=128, rows=32, num_warps=4, stages=3),
+    90: Backward(columns=128, rows=64, num_warps=4, stages=3),
+    100: Backward(columns=128, rows=64, num_warps=4, stages=3),
+    120: Backward(columns=128, rows=32, num_warps=4, stages=3),
 }
 
 
@@ -118,12 +142,23 @@ def backward(capability: int) -> Backward:
     return _BACKWARD[family(capability)]
 
 
+def rank_tile(rank: int, most: int) -> int:
+    """How much of a rank is multiplied at once: 16 (the tensor cores' least), 32 ... `most`."""
+    return min(most, 1 << max(4, (rank - 1).bit_length()))
+
+
 def crossover(capability: int, dtype: torch.dtype) -> int:
     """The largest M for which the fused product is used.
 
     A float32 product has no tensor-core instruction of full precision, so there it is 1.
     """
     return 1 if dtype == torch.float32 else CROSSOVER[family(capability)]
+
+
+def waves(capability: int, rows: int, columns: int) -> int:
+    """How often all multiprocessors work on a tile of cuBLAS, until (rows, columns) are done."""
+    tiles = -(-rows // PRODUCT_TILE[0]) * -(-columns // PRODUCT_TILE[1])
+    return -(-tiles // MULTIPROCESSORS[family(capability)])
 
 
 def splits(capability: int, tiles: int, steps: int) -> int:

@@ -6,24 +6,23 @@
     triton      Triton's interpreter (for tests)       Triton
     compiled    PyTorch, 4-bit decoding compiled       Triton
 
-`with backend("pytorch"):` chooses inside; LORAX_KERNELS=pytorch in the environment chooses for the
-process. Triton is imported when the first kernel runs, never earlier.
+`with backend("pytorch"):` chooses inside and for its backward; LORAX_KERNELS=pytorch in the
+environment for the process. Triton is imported when the first kernel runs, never earlier.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any
+
+import torch
 
 from lorax.errors import EnvironmentProblem, UsageError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 BACKENDS = ("auto", "pytorch", "triton", "compiled")
 _forced: ContextVar[str | None] = ContextVar("lorax_kernels", default=None)
@@ -31,9 +30,7 @@ _forced: ContextVar[str | None] = ContextVar("lorax_kernels", default=None)
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose one of BACKENDS for the calls inside.
-
-    "compiled" takes some seconds the first time a codebook is decoded.
+    """Choose one of BACKENDS for the calls inside; "compiled" takes some seconds at first.
 
     Raises:
         UsageError: another name.
@@ -47,7 +44,15 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def uses_triton(tensor: Tensor) -> bool:
+def bound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the choice made here: on CUDA a backward runs in a thread of its own."""
+    if torch.compiler.is_compiling() or _forced.get() is None:
+        return function
+    here = copy_context()
+    return lambda *inputs: here.copy().run(function, *inputs)
+
+
+def uses_triton(tensor: torch.Tensor) -> bool:
     """Whether Triton computes with this tensor: on CUDA, or where that is forced.
 
     Raises:
@@ -65,17 +70,17 @@ def uses_triton(tensor: Tensor) -> bool:
     return name == "triton"
 
 
-def uses_compiled(tensor: Tensor) -> bool:
+def uses_compiled(tensor: torch.Tensor) -> bool:
     """Whether the compiled decoder writes this tensor: on a CPU, where it is asked for."""
     return _chosen() == "compiled" and tensor.device.type == "cpu"
 
 
-def uses_native(tensor: Tensor) -> bool:
+def uses_native(tensor: torch.Tensor) -> bool:
     """Whether lorax/inference/native.c may compute with this tensor: on a CPU, unless forbidden."""
     return _chosen() in ("auto", "compiled") and tensor.device.type == "cpu"
 
 
-def kernels_for(tensor: Tensor, name: str) -> ModuleType:
+def kernels_for(tensor: torch.Tensor, name: str) -> ModuleType:
     """lorax.kernels.`name` if Triton computes with this tensor, else kernels/reference.py.
 
     lorax's layers call operators for CUDA tensors only. An operator called with CPU tensors (by a

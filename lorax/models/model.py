@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorax.backend import bound
 from lorax.models.attention import Context, soft_cap
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Body(nn.Module):
     def run(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """One layer, checkpointed where that is asked for."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpoint(bound(layer), *inputs, use_reentrant=False)
         return layer(*inputs)
 
     def scaled(self, embeddings: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorax.backend import uses_triton
+from lorax.backend import bound, uses_triton
 from lorax.quant.scratch import dequantize_into_scratch
 from lorax.quant.tensor import QuantizedTensor
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
+        ctx.weight, ctx.decode = weight, bound(dequantize_into_scratch)
         return weight.linear(x, bias)  # (..., out)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None]:
         (dy,) = gradients  # (..., out)
-        dx = dy @ dequantize_into_scratch(ctx.weight, dy.dtype)  # (..., in)
+        dx = dy @ ctx.decode(ctx.weight, dy.dtype)  # (..., in)
         return dx, None, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
 
 

@@ -5,10 +5,13 @@
     lorax::lora_linear_4bit           y = x W^T + b + s (x A^T) B^T        gradients to x, A, B
     lorax::lora_linear_4bit_backward
 
-lorax's layers call them for tensors on CUDA, where they run Triton (lorax/backend.py has the
-switch); on a CPU a layer decodes into its scratch and multiplies. torch.library takes no objects:
-behind each operator's own arguments stand the fields of `PackedWeight`, in its order, and the
-functions for callers take the weight as one.
+lorax's layers call `matmul_4bit` and `lora_linear_4bit` for tensors on CUDA, where they run Triton
+(lorax/backend.py has the switch); on a CPU a layer decodes into its scratch and multiplies. An
+operator costs the host ten times what a plain autograd Function does, so only a compiler gets one;
+without it the kernels' own Functions run, whose backward takes the kernels that the forward took.
+
+torch.library takes no objects: behind each operator's own arguments stand the fields of
+`PackedWeight`, in its order, and the functions for callers take the weight as one.
 """
 
 from __future__ import annotations
@@ -75,7 +78,10 @@ def matmul_4bit(x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
     """y = x W^T + b: (..., K) -> (..., N), in x's dtype, with gradients for x and a trained b."""
     trained = bias if bias is not None and bias.requires_grad else None
     frozen = None if trained is not None else bias
-    y: Tensor = _matmul(x, frozen, *weight)
+    if torch.compiler.is_compiling():
+        y: Tensor = _matmul(x, frozen, *weight)
+    else:
+        y = kernels_for(x, "matmul").linear(x, weight, frozen)
     return y if trained is None else y + trained
 
 
@@ -104,8 +110,8 @@ def _(
 @torch.library.custom_op(
     "lorax::lora_linear_4bit_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor x, Tensor h, Tensor A, Tensor B, float scaling, {WEIGHT}) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dy, Tensor x, Tensor h, Tensor A, Tensor B, float scaling, "
+    f"bool wants_dx, {WEIGHT}) -> (Tensor, Tensor, Tensor)",
 )
 def _lora_backward(
     dy: Tensor,
@@ -114,31 +120,48 @@ def _lora_backward(
     A: Tensor,
     B: Tensor,
     scaling: float,
+    wants_dx: bool,
     *weight: Any,
     **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, or an empty tensor where nobody wants it; dA; dB."""
     packed = _weight(*weight, **named)
-    dx, dA, dB = kernels_for(dy, "lora").backward(dy, x, h, packed, A, B, scaling)
-    return dx, dA, dB
+    dx, dA, dB = kernels_for(dy, "lora").backward(dy, x, h, packed, A, B, scaling, wants_dx)
+    return x.new_empty(0) if dx is None else dx, dA, dB
 
 
 @_lora_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, *rest: Any, **named: Any
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    wants_dx: bool,
+    *rest: Any,
+    **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(A), torch.empty_like(B)
+    dx = torch.empty_like(x) if wants_dx else x.new_empty(0)
+    return dx, torch.empty_like(A), torch.empty_like(B)
 
 
 def _keep_lora(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, A, B, ctx.scaling = inputs[:4]
     ctx.weight = inputs[5:]
     ctx.save_for_backward(x, output[1], A, B)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros of h's shape would be made for nobody
 
 
-def _lora_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _lora_gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+    none = [None] * (2 + len(ctx.weight))
+    if dy is None:
+        return None, None, None, *none
     x, h, A, B = ctx.saved_tensors
-    gradients = _lora_backward(dy, x, h, A, B, ctx.scaling, *ctx.weight)
-    return *gradients, *[None] * (2 + len(ctx.weight))
+    wants_dx = ctx.needs_input_grad[0]
+    dx, dA, dB = _lora_backward(dy, x, h, A, B, ctx.scaling, wants_dx, *ctx.weight)
+    return dx if wants_dx else None, dA, dB, *none
 
 
 _lora_linear.register_autograd(_lora_gradients, setup_context=_keep_lora)
@@ -153,5 +176,8 @@ def lora_linear_4bit(
     """
     trained = bias if bias is not None and bias.requires_grad else None
     frozen = None if trained is not None else bias
-    y: Tensor = _lora_linear(x, A, B, scaling, frozen, *weight)[0]  # (..., N)
+    if torch.compiler.is_compiling():
+        y: Tensor = _lora_linear(x, A, B, scaling, frozen, *weight)[0]  # (..., N)
+    else:
+        y = kernels_for(x, "lora").lora_linear(x, weight, frozen, A, B, scaling)
     return y if trained is None else y + trained

@@ -32,8 +32,8 @@ def summed_loss(
     context: Documents that are packed in (1, T); the label of each one's first token is -100.
     """
     hidden = model.hidden_states(input_ids, context)[:, :-1]  # (B, T - 1, C)
-    counted = labels[:, 1:] != -100
-    hidden, targets = hidden[counted], labels[:, 1:][counted]  # (N, C), (N,)
+    places = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # one wait for a GPU, not two
+    hidden, targets = hidden[places], labels[:, 1:][places]  # (N, C), (N,)
     if type(model).logits is not Model.logits:  # a family whose head does more
         return F.cross_entropy(model.logits(hidden).float(), targets, reduction="sum")
     loss = getattr(model, "head_loss", head_loss)  # training/fast sets one of its own

@@ -59,11 +59,21 @@ def test_chunks_change_no_bit(guard, rows, monkeypatch):
     sizes = []
     allocate = module.empty
     monkeypatch.setattr(module, "empty", lambda s, *a: sizes.append(s) or allocate(s, *a))
-    monkeypatch.setattr(module, "CHUNK_BYTES", rows * 300 * 4)
+    monkeypatch.setattr(module, "chunk_rows", lambda V, value_bytes: rows)
     chunked_loss, chunked_dx = cross_entropy(hidden, weight, targets)
     assert sizes[-1] == (min(rows, 17), 300), "all logits at once"
     torch.testing.assert_close(chunked_loss, loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(chunked_dx, dx, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("V", [1, 32000, 49152, 128256, 151936, 262144])
+@pytest.mark.parametrize("value_bytes", [2, 4])
+def test_a_chunk_fills_its_tiles(V, value_bytes):
+    """At 261 rows, what 64 MiB hold of Llama-3's logits, three tiles of 128 are 68 % full."""
+    rows = module.chunk_rows(V, value_bytes)
+    assert rows % 512 == 0
+    assert rows == 512 or rows * V * value_bytes <= 2**27
+    assert (rows + 512) * V * value_bytes > 2**27, "more rows would fit"
 
 
 def test_targets_that_count_nothing(guard):

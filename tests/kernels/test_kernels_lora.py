@@ -57,7 +57,15 @@ def test_outputs_and_gradients(guard, r9, M, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_down_and_cross_over_ragged_shapes(guard, r9, dtype):
-    for M, C, r in ((1, 64, 8), (63, 65, 16), (64, 127, 17), (65, 129, 1), (130, 70, 33)):
+    for M, C, r in (
+        (1, 64, 8),
+        (63, 65, 16),
+        (64, 127, 17),
+        (65, 129, 1),
+        (130, 70, 33),
+        (5, 70, 64),
+        (66, 20, 65),
+    ):
         x = guard.copy(random(M, C, dtype=dtype, seed=1))
         A = guard.copy(random(r, C, seed=2))
         thin = guard.copy(random(M, r, dtype=dtype, seed=3))
@@ -68,6 +76,22 @@ def test_down_and_cross_over_ragged_shapes(guard, r9, dtype):
         both = x.double().t() @ thin.double() * 0.5
         r9.add("dB", lora.cross(x, thin, 0.5), reference.cross(x, thin, 0.5), both)
         r9.add("dA", lora.cross(thin, x, 0.5), reference.cross(thin, x, 0.5), both.t())
+
+
+@pytest.mark.parametrize("rank", [33, 65, 128])
+@pytest.mark.parametrize("M", [1, 5])
+def test_a_path_wider_than_a_tile_of_ranks(guard, r9, M, rank):
+    """In every kernel that multiplies with the path, forward and backward."""
+    for seed in range(1 if M > 1 else 3):
+        weight, leaves, bias = make_case(guard, M, r=rank, seed=20 * seed)
+        dy = random(M, 70, dtype=torch.bfloat16, seed=9)
+        W = reference.dequantize(weight, torch.empty(weight.shape, device=DEVICE)).double()
+        exact = {name: leaf.double() for name, leaf in leaves.items()}
+        expected = run(truth, exact, W, bias, dy)
+        twin = run(reference.lora_linear, leaves, weight, bias, dy)
+        found = run(lora.lora_linear, leaves, weight, bias, dy)
+        for name in ("y", "x", "A", "B"):
+            r9.add(name, found[name], twin[name], expected[name])
 
 
 def test_the_base_gets_no_gradient_and_x_is_saved_once(guard):

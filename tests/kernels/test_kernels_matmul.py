@@ -118,11 +118,16 @@ def test_other_blocks_fp4_and_plain_scales(guard, r9, small_tiles, block_size):
         check_dx(r9, weight, guard.copy(random(5, 33, dtype=torch.bfloat16)))
 
 
+def chunks_of_64(rows):
+    return [(begin, min(begin + 64, rows)) for begin in range(0, rows, 64)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_beyond_the_crossover(guard, r9, dtype, monkeypatch):
     """Decoded in chunks of rows; also rows that hold no whole number of blocks."""
-    monkeypatch.setitem(tuning.SCRATCH_BYTES, 90, 64 * 1024)
-    monkeypatch.setattr(matmul, "_scratch", {})
+    monkeypatch.setattr(matmul, "_row_chunks", lambda weight, x: chunks_of_64(weight.shape[0]))
+    sizes, scratch = [], matmul._scratch
+    monkeypatch.setattr(matmul, "_scratch", lambda n, like: sizes.append(n) or scratch(n, like))
     for N, K in ((200, 320), (150, 321), (70, 96)):
         weight = make_weight(guard, (N, K))
         x = guard.copy(random(7, K, dtype=dtype, seed=1))
@@ -130,7 +135,8 @@ def test_beyond_the_crossover(guard, r9, dtype, monkeypatch):
         path = make_path(guard, 7, N, dtype)
         check_product(r9, weight, x, bias, path, matmul.unfused)
         check_dx(r9, weight, guard.copy(random(7, N, dtype=dtype)), multiply=matmul.unfused_dx)
-    assert all(buffer.numel() <= 200 * 321 for buffer in matmul._scratch.values())
+    assert len(sizes) == 6
+    assert max(sizes) <= 200 * 321
 
 
 def test_the_crossover_decides(guard, monkeypatch):

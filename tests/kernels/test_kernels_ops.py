@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,11 +13,18 @@ from kernel_testing import (
     make_weight,
     random,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import lorax
+from lorax import backend as backend_module
+from lorax.adapters.lora import LoRALinear
 from lorax.backend import backend, uses_triton
 from lorax.errors import EnvironmentProblem, UsageError
-from lorax.kernels import reference
+from lorax.kernels import dequantize, launch, lora, matmul, reference
+from lorax.models.llama import Llama
+from lorax.models.llama_config import LlamaConfig
 from lorax.quant import ops
+from lorax.quant.linear import QuantizedLinear
 from lorax.training import fused_loss
 from lorax.training.fused_loss import cross_entropy_frozen_head
 
@@ -65,6 +73,145 @@ def test_both_backends_give_the_same(weight, name):
     loss.backward()
     for mine, its in zip(found, [loss, *(t.grad for t in leaves)], strict=True):
         torch.testing.assert_close(mine, its.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_only_a_compiler_gets_operators(weight, monkeypatch):
+    """An operator of torch.library costs the host ten times what an autograd Function does."""
+    for module, name in (
+        (ops, "_matmul"),
+        (ops, "_matmul_dx"),
+        (ops, "_lora_linear"),
+        (ops, "_lora_backward"),
+        (fused_loss, "_cross_entropy"),
+    ):
+        monkeypatch.setattr(module, name, None)
+    x, A, B = (random(*shape).requires_grad_() for shape in ((3, 128), (4, 128), (20, 4)))
+    targets = torch.tensor([1, 2, 49], device=DEVICE)
+    with backend("triton"):
+        y = ops.matmul_4bit(x, None, weight) + ops.lora_linear_4bit(x, A, B, 0.5, None, weight)
+        cross_entropy_frozen_head(y, random(50, 20), targets).backward()
+    assert all(t.grad.isfinite().all() for t in (x, A, B))
+
+
+def test_a_compiled_lora_linear_has_the_gradients_of_the_plain_one(weight):
+    def step(x, A, B):
+        return ops.lora_linear_4bit(x, A, B, 0.5, None, weight).square().sum()
+
+    leaves = [random(3, 128), random(4, 128, scale=0.1), random(20, 4)]
+    found = []
+    for function in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        given = [t.clone().requires_grad_() for t in leaves]
+        function(*given).backward()
+        found.append([t.grad for t in given])
+    for mine, its in zip(*found, strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+class Counting(TorchDispatchMode):
+    """The names of the operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_backward_fills_no_zeros_and_no_dx_that_nobody_wants(weight, compiled, monkeypatch):
+    """h is no one's output, so it gets no gradient; the first layer's x wants none either."""
+
+    def refuse(*a):
+        raise AssertionError("dx for nobody")
+
+    monkeypatch.setattr(reference, "matmul_dx", refuse)
+    A, B = random(4, 128).requires_grad_(), random(20, 4).requires_grad_()
+    tensors = arguments(weight)
+    with backend("pytorch"):
+        if compiled:
+            y = ops._lora_linear(random(3, 128), A, B, 0.5, None, *tensors)[0]
+        else:
+            y = ops.lora_linear_4bit(random(3, 128), A, B, 0.5, None, weight)
+        with Counting() as counting:
+            y.backward(torch.ones_like(y))
+    assert counting.names
+    assert [name for name in counting.names if name.startswith("zeros")] == []
+    assert A.grad.any()
+
+
+def in_another_thread(call):
+    """As autograd does on CUDA, where no `with backend(...)` of this thread is known."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    assert found, "the call failed in its thread"
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are started."""
+    names = []
+
+    def recorded(kernel, *a, **options):
+        names.append(kernel.fn.__name__)
+        launch.launch(kernel, *a, **options)
+
+    for module in (matmul, lora, dequantize):
+        monkeypatch.setattr(module, "launch", recorded)
+    return names
+
+
+def linears():
+    """Each layer whose backward asks which program computes."""
+    base = QuantizedLinear(lorax.quantize(random(20, 128), "nf4"))
+    adapted = LoRALinear(QuantizedLinear(lorax.quantize(random(20, 128), "nf4")), 4, 0.5, 0.0)
+    adapted.initialize(True)
+    return {"quantized": base, "lora": adapted.to(DEVICE)}
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("kind", ["quantized", "lora"])
+def test_the_backward_computes_with_what_the_forward_took(kind, rows, launched, monkeypatch):
+    layer = linears()[kind]
+    x = random(rows, 128).requires_grad_()
+    with backend("triton"):
+        y = layer(x).sum()
+    launched.clear()
+    in_another_thread(y.backward)
+    assert launched, "autograd's thread took PyTorch"
+
+    monkeypatch.setenv("LORAX_KERNELS", "triton")
+    with backend("pytorch"):
+        y = layer(x).sum()
+    launched.clear()
+    in_another_thread(y.backward)
+    assert launched == [], "autograd's thread took Triton"
+
+
+def test_a_checkpoint_s_recomputation_computes_with_what_the_forward_took():
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            seen.append(backend_module._chosen())
+            return x.sin()
+
+    seen = []
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    model = Llama(config).model
+    model.gradient_checkpointing = True
+    x = torch.ones(2).requires_grad_()
+    for name in ("pytorch", "compiled"):
+        with backend(name):
+            y = model.run(Layer(), x).sum()
+        in_another_thread(y.backward)
+    y = model.run(Layer(), x).sum()
+    in_another_thread(y.backward)
+    assert seen == ["pytorch", "pytorch", "compiled", "compiled", "auto", "auto"]
 
 
 def test_torch_compile_traces_through(weight):

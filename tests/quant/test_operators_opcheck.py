@@ -36,10 +36,9 @@ def samples():
         A, B = x(4, 64), x(24, 4)
         yield "lora_linear_4bit", (x(7, 64), A, B, 2.0, torch.randn(24), *w)
         a, b = A.detach(), B.detach()
-        yield (
-            "lora_linear_4bit_backward",
-            (x(7, 24, grad=False), x(7, 64, grad=False), x(7, 4, grad=False), a, b, 2.0, *w),
-        )
+        tensors = x(7, 24, grad=False), x(7, 64, grad=False), x(7, 4, grad=False), a, b
+        yield "lora_linear_4bit_backward", (*tensors, 2.0, True, *w)
+        yield "lora_linear_4bit_backward", (*tensors, 2.0, False, *w)
     for format in names.formats():
         yield "frozen_linear", (x(2, 3, 64), None, *parts(format))
         yield "frozen_linear", (x(9, 64), x(24), *parts(format))
