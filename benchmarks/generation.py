@@ -6,14 +6,13 @@
 The results file keeps each case with the machine, the commit and the rounds it was measured with,
 and a run replaces the cases that it measures.
 
-A round is 64 new tokens (--tokens), the likeliest each time, for one prompt or for eight of many
-lengths,
-and no end token counts: both sides make the same number of tokens. Tokens a second are all new
-tokens over the whole time, the prompt's included; the time to the first token is that of a call for
-one. Where other programs run beside it, the ratio of the processor's time says more than that of
-the clock. Models are in eval mode, where bitsandbytes takes its kernels for inference. The adapter
-has r = 16 on every Linear and stands beside the base, unmerged, on both sides. Memory is the
-process's peak, loading included.
+A round is 64 new tokens (--tokens), the likeliest each time, for one prompt or for eight of
+different lengths, and no end token counts: both sides make the same number of tokens. Tokens a
+second are all new tokens over the whole time, the prompt's included; the time to the first token is
+that of a call for one. Where other programs run beside it, the ratio of the processor's time says
+more than that of the clock. Models are in eval mode, where bitsandbytes takes its kernels for
+inference. The adapter has r = 16 on every Linear and stands beside the base, unmerged, on both
+sides. Memory is the process's peak, loading included.
 """
 
 from __future__ import annotations
@@ -154,8 +153,8 @@ def keep(case: str, result: dict[str, float], rounds: int, tokens: int) -> None:
 
 def prepare(folder: Path) -> None:
     """The model's directory, and an adapter whose path is not zero."""
-    model = lorax.load_model(smollm2_path())
-    lorax.save_model(model, folder / "model")
+    lorax.save_model(lorax.load_model(smollm2_path()), folder / "model")
+    model = lorax.load_model(folder / "model")
     torch.manual_seed(0)
     config = lorax.LoRAConfig(
         r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False

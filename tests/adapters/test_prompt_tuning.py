@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import lorax
 from lorax.adapters.prompt.layer import prompt_layer
 from lorax.errors import AdapterError, FormatError, RecipeError, UsageError
+from lorax.inference.batch import stream_rows
 from lorax.inference.generate import stream
 from lorax.training.loss import summed_loss
 
@@ -151,6 +152,19 @@ def test_generate_against_peft(pair):
     assert found == expected[0, -16:].tolist()
     with lorax.disabled_adapter(mine):
         assert list(stream(mine, tokenizer, ids[0].tolist(), 16)) != found
+
+
+@both
+def test_rows_together_get_what_each_gets_alone(pair):
+    """Each row has the virtual tokens in front, and its own length."""
+    _, mine, path = pair
+    lorax.load_adapter(mine, path)
+    rows = [tokens(1, n)[0].tolist() for n in (6, 1, 11)]
+    alone = [list(stream(mine, byte_tokenizer(eos=None), row, 8)) for row in rows]
+    found: list[list[int]] = [[], [], []]
+    for index, token in stream_rows(mine, (), rows, [8, 8, 8], batch_size=2):
+        found[index] += [] if token is None else [token]
+    assert found == alone
 
 
 @both
