@@ -5,6 +5,8 @@
     parts.py         a Linear that is known well enough: its frozen weight, LoRA's path beside it
     projections.py   one Linear, or several that read the same input, forward and backward
     mlp.py           gate, up, SwiGLU and down, forward and backward
+    attention.py     rotary positions and causal attention, of rows or of packed documents
+    norm.py          RMSNorm
     head.py          cross entropy behind the frozen head
 
 The plain path (lorax/models, lorax/adapters) says what is computed, and is computed wherever a

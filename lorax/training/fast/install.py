@@ -5,7 +5,8 @@ path takes them as they are now, and else calls the plain one:
 
     LoRALinear        projections.py
     LlamaMLP          mlp.py
-    LlamaAttention    projections.py for q, k and v together
+    LlamaAttention    projections.py for q, k and v together, and attention.py
+    RMSNorm           norm.py
     the model         head.py, which the loss asks for
 
 An instance's method goes before its class's, so nothing of the model has to know. A copy of the
@@ -14,7 +15,7 @@ model has methods that are bound to the copy, and a pickled one has the plain on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -24,9 +25,13 @@ from torch import Tensor, nn
 
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
-from lorax.models.llama import LlamaAttention, LlamaMLP
+from lorax.models.attention import Context
+from lorax.models.llama import LlamaAttention, LlamaMLP, RMSNorm, Rope
+from lorax.models.packed import Documents
+from lorax.training.fast.attention import causal_attention, is_faster
 from lorax.training.fast.head import fast_head_loss
 from lorax.training.fast.mlp import swiglu_mlp
+from lorax.training.fast.norm import rms_norm
 from lorax.training.fast.parts import Part, part_of, takes
 from lorax.training.fast.projections import project
 
@@ -40,8 +45,8 @@ def accelerated(model: Any, on: bool = True) -> Iterator[None]:
     """
     known = [m for m in model.modules() if on and type(m) in _METHODS]
     for module in known:
-        name, method = _METHODS[type(module)]
-        setattr(module, name, MethodType(method, module))
+        for method in _METHODS[type(module)]:
+            setattr(module, method.__name__, MethodType(method, module))
     if on:
         model.head_loss = fast_head_loss
     try:
@@ -50,7 +55,8 @@ def accelerated(model: Any, on: bool = True) -> Iterator[None]:
         if on:
             del model.head_loss
         for module in known:
-            delattr(module, _METHODS[type(module)][0])
+            for method in _METHODS[type(module)]:
+                delattr(module, method.__name__)
 
 
 class _LoRALinear:
@@ -75,12 +81,53 @@ class _LlamaAttention:
         parts = _parts(x, self.q_proj, self.k_proj, self.v_proj)
         return LlamaAttention.project(self, x) if parts is None else project(x, parts)
 
+    @staticmethod
+    def forward(self: LlamaAttention, x: Tensor, rope: Rope, context: Context) -> Tensor:
+        lengths = _lengths(self, x, rope, context)
+        if lengths is None:
+            return LlamaAttention.forward(self, x, rope, context)
+        heads = (part.unflatten(-1, (-1, self.head_dim)) for part in self.project(x))
+        query, key, value = heads  # (B, T, H, D), (B, T, K, D) twice
+        if self.has_norms:
+            query, key = self.q_norm(query), self.k_norm(key)
+        y: Tensor = self.o_proj(causal_attention(query, key, value, rope, lengths, self.scale))
+        return y
 
-_METHODS: dict[type[nn.Module], tuple[str, Any]] = {
-    LoRALinear: ("forward", _LoRALinear.forward),
-    LlamaMLP: ("forward", _LlamaMLP.forward),
-    LlamaAttention: ("project", _LlamaAttention.project),
+
+class _RMSNorm:
+    @staticmethod
+    def forward(self: RMSNorm, x: Tensor) -> Tensor:
+        if not takes(x) or self.weight.requires_grad or self.weight.dtype != x.dtype:
+            return RMSNorm.forward(self, x)
+        return rms_norm(x, self.weight, self.eps)
+
+
+_METHODS: dict[type[nn.Module], list[Callable[..., Any]]] = {
+    LoRALinear: [_LoRALinear.forward],
+    LlamaMLP: [_LlamaMLP.forward],
+    LlamaAttention: [_LlamaAttention.project, _LlamaAttention.forward],
+    RMSNorm: [_RMSNorm.forward],
 }
+
+
+def _lengths(
+    module: LlamaAttention, x: Tensor, rope: Rope, context: Context
+) -> Sequence[int] | None:
+    """The sequences behind each other in x (B, T, C), where nothing but causality hides a token.
+
+    None where something does, where a cache holds more, where a head turns in part, or where
+    torch's attention is faster.
+    """
+    T, widest = x.shape[1], module.window
+    lengths = [T] if type(context) is Context else None
+    if type(context) is Documents:
+        lengths = list(context.lengths)
+    plain = module.cap is None and rope[0].shape[-1] == module.head_dim
+    if lengths is None or not plain or not takes(x) or sum(lengths) != T:
+        return None
+    longest = max(lengths)
+    seen = widest is None or longest <= widest
+    return lengths if seen and is_faster(x.dtype, longest) else None
 
 
 def _parts(x: Tensor, *modules: nn.Module) -> list[Part] | None:

@@ -43,7 +43,7 @@ class _SwiGLU(torch.autograd.Function):
         g, h_gate = part_forward(gate, xc, x.dtype, noises[0])
         u, h_up = part_forward(up, xc, x.dtype, noises[1])
         g, u = g.to(x.dtype), u.to(x.dtype)
-        a = F.silu(g).mul_(u)
+        a = F.silu(g.to(_wide(x))).mul_(u).to(x.dtype)
         noises.append(drawn(down, a))
         y, h_down = part_forward(down, a.to(xc.dtype), x.dtype, noises[2])
         ctx.parts = parts
@@ -57,11 +57,13 @@ class _SwiGLU(torch.autograd.Function):
         gate, up, down = ctx.parts
         computing = products.computing_dtype(x.dtype)
         dy = gradients[0].to(computing)
-        s = F.silu(g.to(computing))
-        dh, *of_down = path_backward(down, dy, s * u, hidden[2], noises[2], factors[4:])
-        da = input_backward(down, dy, dh, noises[2], factors[4], x.dtype, None)
-        du = s.mul_(da)
-        dg = torch.ops.aten.silu_backward(da.mul_(u), g.to(computing))
+        g = g.to(_wide(x))
+        s = F.silu(g)
+        a = (s * u).to(computing)
+        dh, *of_down = path_backward(down, dy, a, hidden[2], noises[2], factors[4:])
+        da = input_backward(down, dy, dh, noises[2], factors[4], x.dtype, None).to(g.dtype)
+        du = s.mul_(da).to(computing)
+        dg = torch.ops.aten.silu_backward(da.mul_(u), g).to(computing)
         xc = x.to(computing)
         dx, found = None, []
         for i, (part, d) in enumerate(((gate, dg), (up, du))):
@@ -71,3 +73,8 @@ class _SwiGLU(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = input_backward(part, d, dh, noises[i], pair[0], x.dtype, dx)
         return None if dx is None else dx.to(x.dtype), None, *found, *of_down
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Of element-wise work on x: float32, or float64; rounded once behind it."""
+    return torch.promote_types(x.dtype, torch.float32)

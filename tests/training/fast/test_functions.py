@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorax
+from lorax.models.llama import RMSNorm
+from lorax.models.rope import rotate
 from lorax.quant.linear import QuantizedLinear
-from lorax.training.fast import head, products
+from lorax.training.fast import attention, head, products
 from lorax.training.fast.mlp import swiglu_mlp
+from lorax.training.fast.norm import rms_norm
 from lorax.training.fast.parts import Part
 from lorax.training.fast.projections import project
 
@@ -24,7 +27,7 @@ def base(n_in, n_out, kind="dense", bias=False):
     return QuantizedLinear(lorax.quantize(linear.weight.float(), kind), linear.bias)
 
 
-def part(n_in, n_out, r=3, kind="dense", bias=False, dropout=0.0):
+def part(n_in, n_out, r=2, kind="dense", bias=False, dropout=0.0):
     frozen = base(n_in, n_out, kind, bias)
     if not r:
         return Part(frozen)
@@ -63,21 +66,21 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 def test_one_linear_gradcheck(kind):
-    x = torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
-    assert holds(project, x, [part(64, 6, **kind)])
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    assert holds(project, x, [part(16, 5, **kind)])
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 def test_three_linears_of_one_input_gradcheck(kind):
-    x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
-    parts = [part(64, 6, **kind), part(64, 4, r=0), part(64, 4, r=2, dropout=0.5)]
+    x = torch.randn(2, 2, 8, dtype=torch.float64, requires_grad=True)
+    parts = [part(8, 6, **kind), part(8, 3, r=0), part(8, 4, r=1, dropout=0.5)]
     assert holds(project, x, parts)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 def test_the_mlp_gradcheck(kind):
-    x = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
-    parts = [part(16, 24, **kind), part(16, 24, **kind), part(24, 16, **kind)]
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    parts = [part(6, 8, **kind), part(6, 8, **kind), part(8, 6, **kind)]
     assert holds(lambda x, parts: swiglu_mlp(x, *parts), x, parts)
 
 
@@ -172,3 +175,70 @@ def test_nothing_stays_alive_behind_a_step():
 
 def tensors_alive():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+ATTENTIONS = {
+    "grouped heads, two rows": {"heads": 4, "keys": 2, "lengths": [5], "batch": 2},
+    "one key head": {"heads": 3, "keys": 1, "lengths": [5]},
+    "as many key heads": {"heads": 2, "keys": 2, "lengths": [6]},
+    "packed documents": {"heads": 2, "keys": 1, "lengths": [3, 1, 5]},
+    "one token": {"heads": 2, "keys": 1, "lengths": [1]},
+}
+
+
+@pytest.fixture(params=[(256, 256), (3, 2), (2, 4)], ids=str)
+def tiling(request, monkeypatch):
+    """Tiles that keep P and tiles that compute it again."""
+    monkeypatch.setattr(attention, "TILE", request.param[0])
+    monkeypatch.setattr(attention, "KEPT", request.param[1])
+
+
+def attention_inputs(heads, keys, lengths, dtype=torch.float64, batch=1):
+    T, D = sum(lengths), 2
+    sizes = [(batch, T, n, D) for n in (heads, keys, keys)]
+    found = [torch.randn(size, dtype=dtype, requires_grad=True) for size in sizes]
+    angles = torch.cat([torch.arange(n) for n in lengths]).double().outer(torch.tensor([0.9]))
+    angles = torch.cat([angles, angles], dim=1)
+    return found, (angles.cos().to(dtype), angles.sin().to(dtype)), lengths
+
+
+@pytest.mark.usefixtures("tiling")
+@pytest.mark.parametrize("how", ATTENTIONS.values(), ids=list(ATTENTIONS))
+def test_attention_gradcheck(how):
+    heads, rope, lengths = attention_inputs(**how)
+    assert torch.autograd.gradcheck(
+        lambda *heads: attention.causal_attention(*heads, rope, lengths), heads
+    )
+
+
+@pytest.mark.usefixtures("tiling")
+@pytest.mark.parametrize("how", ATTENTIONS.values(), ids=list(ATTENTIONS))
+def test_attention_against_torchs(how):
+    """Each document by itself through rotate and scaled_dot_product_attention."""
+    (query, key, value), rope, lengths = attention_inputs(**how)
+    turned = [rotate(x.transpose(1, 2), *rope) for x in (query, key)]
+    split = zip(*(x.split(lengths, 2) for x in (*turned, value.transpose(1, 2))), strict=True)
+    expected = torch.cat(
+        [
+            F.scaled_dot_product_attention(*each, is_causal=True, enable_gqa=True, scale=0.3)
+            for each in split
+        ],
+        dim=2,
+    )
+    found = attention.causal_attention(query, key, value, rope, lengths, scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 7), (2, 4, 3, 6)])
+def test_rms_norm_gradcheck(shape):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape[-1], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: rms_norm(x, weight, 1e-5), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_forward_is_bit_equal_to_the_plain_one(dtype):
+    plain = RMSNorm(24, 1e-5).to(dtype).requires_grad_(False)
+    plain.weight.normal_()
+    x = torch.randn(3, 5, 24).to(dtype)
+    assert torch.equal(rms_norm(x, plain.weight, 1e-5), plain(x))
