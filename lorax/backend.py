@@ -59,7 +59,7 @@ def uses_triton(tensor: torch.Tensor) -> bool:
         EnvironmentProblem: Triton is forced for a tensor that is not on CUDA, uninterpreted.
         UsageError: LORAX_KERNELS holds an unknown name.
     """
-    name = _chosen()
+    name = chosen()
     if name in ("auto", "compiled"):
         return tensor.is_cuda
     if name == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -72,12 +72,7 @@ def uses_triton(tensor: torch.Tensor) -> bool:
 
 def uses_compiled(tensor: torch.Tensor) -> bool:
     """Whether the compiled decoder writes this tensor: on a CPU, where it is asked for."""
-    return _chosen() == "compiled" and tensor.device.type == "cpu"
-
-
-def uses_native(tensor: torch.Tensor) -> bool:
-    """Whether lorax/inference/native.c may compute with this tensor: on a CPU, unless forbidden."""
-    return _chosen() in ("auto", "compiled") and tensor.device.type == "cpu"
+    return chosen() == "compiled" and tensor.device.type == "cpu"
 
 
 def kernels_for(tensor: torch.Tensor, name: str) -> ModuleType:
@@ -89,7 +84,8 @@ def kernels_for(tensor: torch.Tensor, name: str) -> ModuleType:
     return import_module(f"lorax.kernels.{name if uses_triton(tensor) else 'reference'}")
 
 
-def _chosen() -> str:
+def chosen() -> str:
+    """One of BACKENDS."""
     name = _forced.get() or os.environ.get("LORAX_KERNELS", "auto")
     if name not in BACKENDS:
         raise UsageError(f"LORAX_KERNELS={name!r} is unknown; expected one of {BACKENDS}")

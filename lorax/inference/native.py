@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from lorax.backend import chosen
+
 log = logging.getLogger("lorax")
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -51,6 +53,11 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("kind", "heads", "kv_heads", "width", "places")),
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
     )
+
+
+def uses_native(tensor: torch.Tensor) -> bool:
+    """Whether lorax/inference/native.c may compute with this tensor: on a CPU, unless forbidden."""
+    return chosen() in ("auto", "compiled") and tensor.device.type == "cpu"
 
 
 @cache

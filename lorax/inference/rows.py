@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorax.backend import uses_native
 from lorax.errors import UnsupportedModel
-from lorax.inference.native import KINDS, Layer, library
+from lorax.inference.native import KINDS, Layer, library, uses_native
 from lorax.models import Model
 from lorax.models.attention import Context, causal_attention
 from lorax.models.cache import KVCache

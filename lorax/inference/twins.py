@@ -27,8 +27,7 @@ from torch import nn
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.tables import embedding_weight
-from lorax.backend import uses_native
-from lorax.inference.native import KINDS, library
+from lorax.inference.native import KINDS, library, uses_native
 from lorax.inference.products import FastLinear, FastNorm, RowsApart, Scratch, covers
 from lorax.models import Model
 from lorax.models.gemma2 import GemmaRMSNorm
