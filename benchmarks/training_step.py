@@ -117,15 +117,16 @@ def floor_side(method: str, dtype: str, shape: str, folder: str) -> Callable[[],
     return step
 
 
-SIDES = {"lorax": lorax_side, "peft": peft_side, "floor": floor_side, "plain": plain_side}
+SIDES = {"lorax": lorax_side, "plain": plain_side, "peft": peft_side, "floor": floor_side}
 
 
 def measure(case: str, folder: str, steps: int) -> dict[str, float]:
     both = [sides.Side(__file__, name, "--case", case, "--folder", folder) for name in SIDES]
     found = sides.compare(both, warm=2, steps=steps)
-    ours, theirs, floor = (found[name]["seconds"] for name in SIDES)
+    ours, plain, theirs, floor = (found[name]["seconds"] for name in SIDES)
     return {
         "lorax_seconds": ours,
+        "plain_seconds": plain,
         "peft_seconds": theirs,
         "floor_seconds": floor,
         "times_as_fast": theirs / ours,
