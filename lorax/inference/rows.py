@@ -64,6 +64,7 @@ class Step(Context):
         self.cache, self.slots = cache, slots
         self.lengths = [cache.lengths[slot] for slot in slots]
         kept = cache.all.keys
+        assert max(self.lengths) < kept.shape[3], "native.c writes without looking"
         native = kept.dtype in KINDS and uses_native(kept)
         self.is_native = native and library() is not None
         count = len(slots)
