@@ -55,9 +55,12 @@ def _down_kernel(
     STEP: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    tile = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    rank = tl.program_id(2) * RANK_TILE + tl.arange(0, RANK_TILE)
+    tile = tl.program_id(0).to(tl.int64)
+    row = tile * TILE + tl.arange(0, TILE)
+    rank = tl.arange(0, RANK_TILE)
+    if RANK > RANK_TILE:
+        tile += tl.program_id(2).to(tl.int64) * tl.num_programs(0)
+        rank += tl.program_id(2) * RANK_TILE
     sums = tl.zeros((TILE, RANK_TILE), tl.float32)
     for step in tl.range(tl.program_id(1), tl.cdiv(C, STEP), SPLITS, num_stages=3):
         column = (step * STEP + tl.arange(0, STEP)).to(tl.int64)
@@ -94,9 +97,12 @@ def _cross_kernel(
     STEP: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    tile = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    rank = tl.program_id(2) * RANK_TILE + tl.arange(0, RANK_TILE)
+    tile = tl.program_id(0).to(tl.int64)
+    column = tile * TILE + tl.arange(0, TILE)
+    rank = tl.arange(0, RANK_TILE)
+    if RANK > RANK_TILE:
+        tile += tl.program_id(2).to(tl.int64) * tl.num_programs(0)
+        rank += tl.program_id(2) * RANK_TILE
     sums = tl.zeros((TILE, RANK_TILE), tl.float32)
     for step in tl.range(tl.program_id(1), tl.cdiv(M, STEP), SPLITS, num_stages=3):
         row = (step * STEP + tl.arange(0, STEP)).to(tl.int64)
