@@ -141,11 +141,13 @@ def bfloat16_errors(seed, where):
 
 @pytest.mark.parametrize("native", [True, False], ids=["bfloat16 products", "through float32"])
 def test_bfloat16_is_no_further_from_float32_than_pefts(native, tmp_path, monkeypatch):
-    """The mean over all tensors of four models: of a single one chance decides."""
+    """The mean over all tensors of four models, within what chance does to such a mean."""
     monkeypatch.setattr(products, "has_bfloat16", lambda: native)
     errors = torch.tensor([bfloat16_errors(seed, tmp_path / str(seed)) for seed in range(4)])
-    ours, theirs = errors.mean(dim=(0, 2)).tolist()
-    assert ours <= theirs
+    ours, theirs = errors.mean(dim=2).unbind(1)  # each (models,)
+    further = ours - theirs
+    print(f"ours {ours.mean():.4f}, PEFT's {theirs.mean():.4f}")
+    assert further.mean() <= 2 * further.std() / len(further) ** 0.5
 
 
 def test_dropout_draws_the_plain_paths_numbers(tmp_path):
