@@ -7,6 +7,7 @@ files, 5 numerical stop, 130 / 143 signals.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ app = App(
 
 def main() -> None:
     """Run the command line; every error that a user can cause is one line on stderr."""
+    # Read when torch is imported, which is later. OpenMP's threads spin while they wait for each
+    # other: beside another busy program a product then takes thirty times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not logging.getLogger("lorax").handlers:
         logging.getLogger("lorax").addHandler(ConsoleLog(err))
     try:

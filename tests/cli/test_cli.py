@@ -9,6 +9,7 @@ from pathlib import Path
 import docstring_parser
 import pytest
 import torch
+from command_line import run_lorax
 from safetensors.torch import save_file
 from tiny_tokenizer import CHATML, byte_tokenizer
 
@@ -357,3 +358,12 @@ def test_the_command_line_has_a_file_for_each_command_and_none_over_250_lines():
     files = {path.stem: path for path in Path(cli.__file__).parent.glob("*.py")}
     assert {words[0] for words, _ in leaves(cli.app)} <= files.keys()
     assert max(len(path.read_text().splitlines()) for path in files.values()) <= 250
+
+
+@pytest.mark.parametrize("given", [None, "active"])
+def test_threads_that_wait_do_not_spin_unless_one_asks_for_it(monkeypatch, given):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    run_lorax("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == (given or "passive")
