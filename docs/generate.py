@@ -52,12 +52,13 @@ def recipe_page() -> str:
         parts.append(section_table(f"`[{name}]`", section.model_fields, {}))
     parts += adapter_tables()
     parts.append(section_table("`[train]`", recipe.TrainSection.model_fields, {}))
+    parts.append(section_table("`[runtime]`", recipe.RuntimeSection.model_fields, {}))
     return "\n\n".join(parts) + "\n"
 
 
 RECIPE_HEAD = """# The recipe
 
-A recipe is a TOML file with four tables. Every key is checked; an unknown one is an error that
+A recipe is a TOML file with five tables. Every key is checked; an unknown one is an error that
 names the nearest. On the command line any key can be given by its path, and then wins over the
 file:
 

@@ -39,6 +39,10 @@ def train(
     from lorax.progress import TrainingProgress
     from lorax.training.loop import train as run_recipe
 
+    if checked.runtime.threads:
+        import torch
+
+        torch.set_num_threads(checked.runtime.threads)
     with TrainingProgress(out) as progress:
         run = run_recipe(checked, progress, resume=resume)
     say(f"{run.result.name:<8} {run.result}")

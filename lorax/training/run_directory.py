@@ -29,9 +29,9 @@ from lorax.formats.disk import write_text_whole
 from lorax.training.recipe import Recipe
 
 # What a run that goes on may change without becoming another run.
-FREE_KEYS = tuple(
-    f"train.{key}"
-    for key in ("output_dir", "save_steps", "keep_checkpoints", "digests", "parallel", "loggers")
+FREE_KEYS = (
+    *("train.output_dir", "train.save_steps", "train.keep_checkpoints", "train.digests"),
+    *("train.parallel", "train.loggers", "runtime.threads"),
 )
 
 

@@ -367,3 +367,15 @@ def test_threads_that_wait_do_not_spin_unless_one_asks_for_it(monkeypatch, given
         monkeypatch.delenv("OMP_WAIT_POLICY")
     run_lorax("--version")
     assert os.environ["OMP_WAIT_POLICY"] == (given or "passive")
+
+
+def test_runtime_is_the_commands_and_not_the_librarys(place, tmp_path, monkeypatch):
+    threads = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    monkeypatch.chdir(place)
+    more = {"runtime.threads": 3, "train.max_steps": 1}
+    lorax.train(lorax.Recipe.load("recipe.toml", {**more, "train.output_dir": f"{tmp_path}/a"}))
+    assert threads == []
+    words = [word for key, value in more.items() for word in (f"--{key}", value)]
+    run_lorax("train", "recipe.toml", *words, "--train.output_dir", tmp_path / "b")
+    assert threads == [3]
