@@ -20,6 +20,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -85,10 +86,11 @@ class _Twins:
             return self.of(layer.merged)
         if any(_mixes_rows(module) for module in layer.modules()):
             return RowsApart(layer)
-        if not isinstance(layer, LoRALinear) or not _is_plain(layer) or _has_hooks(layer.frozen):
+        known: Any = layer  # a LoRALinear, if it computes as one
+        if not _is_plain(layer) or _has_hooks(known.frozen):
             return layer
-        if self.native and covers(layer.frozen):
-            return FastLinear(layer.frozen, layer, self.dtype, self.scratch)
+        if self.native and covers(known.frozen):
+            return FastLinear(known.frozen, known, self.dtype, self.scratch)
         return self._around_twins(layer) if self.decodes else layer
 
     def _of_quantized(self, module: QuantizedLinear) -> nn.Module:
@@ -110,10 +112,10 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _is_plain(layer: LoRALinear) -> bool:
-    """Whether it computes what LoRALinear says: W x + s B A x."""
-    mine = type(layer)
-    return mine.adapted is LoRALinear.adapted and mine.path_onto is LoRALinear.path_onto
+def _is_plain(layer: AdapterLayer) -> bool:
+    """Whether it computes what LoRALinear says, W x + s B A x, whatever its class is."""
+    mine = vars(LoRALinear)
+    return all(getattr(type(layer), n, None) is mine[n] for n in ("adapted", "path_onto"))
 
 
 def _mixes_rows(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from lorax.formats.huggingface import load_model, load_tokenizer
 from lorax.formats.peft import load_adapter
 from lorax.models import Model
 from lorax.training.evaluate import evaluate
+from lorax.training.fast.install import accelerated
 from lorax.training.loggers import Loggers
 from lorax.training.methods import load_base, model_dtype
 from lorax.training.metrics import Line, MetricsFile, draw_loss, parse_lines, read_metrics
@@ -70,7 +71,8 @@ def _evaluate(
     run.lock()
     metrics = MetricsFile(run.metrics, size)
     try:
-        found = evaluate(model, rows, recipe.train.micro_batch_size, pad_id, recipe.room)
+        with accelerated(model, recipe.train.fast):  # the run's own bits
+            found = evaluate(model, rows, recipe.train.micro_batch_size, pad_id, recipe.room)
         metrics.write({"step": metrics.lines[-1]["step"], **found})
         Loggers(recipe.train.loggers, run.path, metrics.lines, goes_on=True).close()
         draw_loss(metrics.lines, run.picture)
