@@ -19,7 +19,7 @@ from lorax.errors import QuantizationError, UsageError
 from lorax.models.replace import replace_module
 from lorax.quant import affine, blockwise, int8, names
 from lorax.quant.linear import QuantizedLinear
-from lorax.training.recipe import Quantization
+from lorax.training.sections import Quantization
 
 AFFINE = affine.FORMATS
 NEW = ("int8", *AFFINE)
