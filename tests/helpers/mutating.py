@@ -38,7 +38,7 @@ def refused_mutations(file: Path, load: Callable[[], object], name: str) -> int:
 
 @contextmanager
 def nothing_to_collect() -> Iterator[None]:
-    """Inside, the collector passes over what other tests left: the time for that is not a file's."""
+    """Inside, the collector passes over what other tests left, which is no file's time."""
     gc.collect()
     gc.freeze()
     try:
