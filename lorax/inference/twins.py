@@ -20,6 +20,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from lorax.inference.products import FastLinear, FastNorm, RowsApart, Scratch, c
 from lorax.models import Model
 from lorax.models.gemma2 import GemmaRMSNorm
 from lorax.models.llama import RMSNorm
+from lorax.models.watched import is_watched
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.tensor import QuantizedTensor
 
@@ -67,7 +69,7 @@ class _Twins:
         return self.made[id(module)]
 
     def _make(self, module: nn.Module) -> nn.Module:
-        if _has_hooks(module):
+        if is_watched(module):
             return module
         if isinstance(module, AdapterLayer):
             return self._of_adapter(module)
@@ -87,7 +89,7 @@ class _Twins:
         if any(_mixes_rows(module) for module in layer.modules()):
             return RowsApart(layer)
         known: Any = layer  # a LoRALinear, if it computes as one
-        if not _is_plain(layer) or _has_hooks(known.frozen):
+        if not _is_plain(layer) or is_watched(known.frozen):
             return layer
         if self.native and covers(known.frozen):
             return FastLinear(known.frozen, known, self.dtype, self.scratch)
@@ -101,15 +103,14 @@ class _Twins:
     def _around_twins(self, module: nn.Module) -> nn.Module:
         """A copy with twins below it; its tensors are the module's own."""
         twin = copy.copy(module)
+        for name, value in vars(module).items():
+            if isinstance(value, MethodType) and value.__self__ is module:  # training/fast's
+                del twin.__dict__[name]
         twin._modules = {
             name: None if child is None else self.of(child)
             for name, child in module._modules.items()
         }
         return twin
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_plain(layer: AdapterLayer) -> bool:

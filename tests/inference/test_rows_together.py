@@ -19,6 +19,7 @@ from lorax.inference.native import library
 from lorax.inference.products import FastLinear
 from lorax.inference.twins import with_twins
 from lorax.quant.linear import QuantizedLinear
+from lorax.training.fast.install import accelerated
 
 LENGTHS = (3, 20, 1, 11, 27)
 MAKERS = {
@@ -205,6 +206,25 @@ def test_hooks_are_called(plain):
     assert answers(model, prompts()[:1], count=4) == [expected[0][:4]]
     assert called == [3, 1, 1, 1]
     hook.remove()
+
+
+def test_a_forward_that_somebody_put_on_a_module_is_called(plain):
+    model = lorax.load_model(plain)
+    module, called = model.get_submodule("model.layers.1.mlp.gate_proj"), []
+    inner = module.forward
+    module.forward = lambda x: (called.append(x.shape[1]), inner(x))[1]
+    answers(model, prompts()[:1], count=4)
+    assert called == [3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_while_a_run_is_under_way_too(plain, quantization):
+    """A callback may sample: each answer is the one that it is outside of the run."""
+    model = lorax.load_model(plain, quantization=quantization)
+    expected = answers(model, prompts())
+    with accelerated(model):
+        assert not any("forward" in vars(m) for m in with_twins(model).modules())
+        assert answers(model, prompts()) == expected
 
 
 def test_a_family_whose_attention_keeps_no_rows_apart_is_refused_by_name(plain, monkeypatch):

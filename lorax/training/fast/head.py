@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorax.models.watched import is_watched
 from lorax.training.fast import products
-from lorax.training.fast.parts import has_hooks, takes
+from lorax.training.fast.parts import takes
 from lorax.training.loss import CHUNK_LOGITS, head_loss
 
 BLOCK = 2**13  # rows of a head that are converted at a time
@@ -27,7 +28,7 @@ def fast_head_loss(
     hidden: Tensor, head: nn.Module, targets: Tensor, cap: float | None = None
 ) -> Tensor:
     """`head_loss` of hidden (N, C) and targets (N,), by hand where the head allows it."""
-    known = type(head) is nn.Linear and head.bias is None and not has_hooks(head)
+    known = type(head) is nn.Linear and head.bias is None and not is_watched(head)
     if not known or head.weight.requires_grad or cap is not None or not takes(hidden):
         return head_loss(hidden, head, targets, cap)
     weight = head.weight

@@ -28,6 +28,7 @@ from lorax.adapters.lora import LoRALinear
 from lorax.models.attention import Context
 from lorax.models.llama import LlamaAttention, LlamaMLP, RMSNorm, Rope
 from lorax.models.packed import Documents
+from lorax.models.watched import is_watched
 from lorax.training.fast.attention import causal_attention, is_faster
 from lorax.training.fast.head import fast_head_loss
 from lorax.training.fast.mlp import swiglu_mlp
@@ -41,9 +42,9 @@ def accelerated(model: Any, on: bool = True) -> Iterator[None]:
     """The fast path inside, where a module is known to it; on = False changes nothing.
 
     model: with its adapter, on any device: tensors that are not on a CPU go the plain way. Modules
-        that are put in later stay plain.
+        that are put in later, and watched ones (lorax/models/watched.py), stay plain.
     """
-    known = [m for m in model.modules() if on and type(m) in _METHODS]
+    known = [m for m in model.modules() if on and type(m) in _METHODS and not is_watched(m)]
     for module in known:
         for method in _METHODS[type(module)]:
             setattr(module, method.__name__, MethodType(method, module))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorax.adapters.lora import LoRALinear
+from lorax.models.watched import is_watched
 from lorax.quant.linear import QuantizedLinear
 from lorax.quant.scratch import dequantize_into_scratch
 from lorax.quant.tensor import QuantizedTensor
@@ -63,7 +64,7 @@ def part_of(module: nn.Module, x: Tensor) -> Part | None:
         return Part(module) if _is_frozen_base(module, x) else None
     base = module.base_layer
     plain = module.enabled and module.merged is None and module.lora_B_bias is None
-    if not plain or has_hooks(module) or not _is_frozen_base(base, x):
+    if not plain or is_watched(module) or not _is_frozen_base(base, x):
         return None
     dropout = module.dropout if module.drops else 0.0
     return Part(base, module.lora_A, module.lora_B, module.scaling, dropout)
@@ -79,16 +80,6 @@ def takes(x: Tensor) -> bool:
     )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see, or change, what goes in or comes out."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def _is_frozen_base(module: nn.Module, x: Tensor) -> bool:
     if type(module) is nn.Linear:
         weight = module.weight
@@ -100,4 +91,4 @@ def _is_frozen_base(module: nn.Module, x: Tensor) -> bool:
     else:
         return False
     bias_is_frozen = module.bias is None or not module.bias.requires_grad
-    return known and bias_is_frozen and not has_hooks(module)
+    return known and bias_is_frozen and not is_watched(module)

@@ -198,6 +198,25 @@ def test_a_hook_sees_every_module(tmp_path):
     assert {id(module) for module in seen} == {id(module) for module in watched}
 
 
+@pytest.mark.parametrize("place", ["mlp", "self_attn.q_proj", "mlp.down_proj.base_layer"])
+def test_a_forward_that_somebody_put_on_a_module_is_called_and_stays(place, tmp_path):
+    """As programs do that move weights about."""
+    llama().save_pretrained(tmp_path)
+    mine = lorax.load_model(tmp_path)
+    lorax.add_adapter(mine, lorax.LoRAConfig(**ALL))
+    module, called = mine.model.layers[1].get_submodule(place), []
+    inner = module.forward
+
+    def forward(x):
+        called.append(x.shape)
+        return inner(x)
+
+    module.forward = forward
+    mine_of(mine, tokens())
+    assert len(called) == 1
+    assert module.forward is forward
+
+
 def test_switched_off_and_merged_adapters_are_not_computed(tmp_path):
     llama().save_pretrained(tmp_path)
     mine = lorax.load_model(tmp_path)
