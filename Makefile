@@ -31,7 +31,8 @@ quick: $(READY) lint
 # and SmolLM2 where each change is tried on tiny models.
 nightly: $(READY) lint
 	HYPOTHESIS_PROFILE=nightly LORAX_MUTATIONS=5000 LORAX_KILLS=50 LORAX_SMOLLM2_LAYERS=30 \
-	  LORAX_TARGETS="80 86 89 90 100 120" LORAX_RANKS="1 8 16 32 64 128 256 512" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 7200
+	  LORAX_TARGETS="80 86 89 90 100 120" LORAX_RANKS="1 8 16 32 64 128 256 512" \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 7200
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py
 
 lint: $(READY)

@@ -150,8 +150,8 @@ def summary() -> str:
         faster = sides[name]["tokens_per_second"] / trainer["tokens_per_second"]
         memory = sides[name]["peak_bytes"] / trainer["peak_bytes"]
         lines.append(
-            f"| Trainer over PEFT 0.21.2 | an epoch of LoRA on a CPU, rows {rows} | "
-            f"{faster:.2f} times as fast, {memory:.2f} of its memory |"
+            "| Trainer over PEFT 0.21.2 | an epoch of LoRA, a small Llama on a CPU core, rows "
+            f"{rows} | {faster:.2f} times as fast, {memory:.2f} of its memory |"
         )
     found = quick["quantize nf4-dq bfloat16"]
     lines.append(

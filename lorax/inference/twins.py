@@ -7,9 +7,9 @@
 
 A twin computes what its module computes, from the module's own tensors. What it does not know
 stays: another dtype or device, a variant whose layer computes something else than W x + s B A x, a
-module with hooks. The models' own files say what a layer is, here as in training, so each family
-has this, a researcher's too. The model itself is not touched; what is switched off or merged is
-taken as it is when the twins are made.
+module that somebody watches (lorax/models/watched.py). The models' own files say what a layer is,
+here as in training, so each family has this, a researcher's too. The model itself is not touched;
+what is switched off or merged is taken as it is when the twins are made.
 
 Without a C compiler four-bit weights are decoded once instead, where the memory is there.
 """
