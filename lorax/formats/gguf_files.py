@@ -90,7 +90,28 @@ def open_gguf(path: Path) -> GGUFFile:
             f"{path}: not a readable GGUF file ({why_unreadable(path, repr(error))}); "
             "get the file anew"
         ) from None
+    _METADATA.clear()
+    _METADATA[_stamp(path)] = fields
     return GGUFFile(path, fields, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def gguf_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a .gguf file's metadata; the file that was opened last is not parsed again.
+
+    Raises:
+        FormatError: the file is damaged. UnsupportedModel: another architecture, or a kind of
+            tokenizer that is not covered.
+    """
+    fields = _METADATA.get(_stamp(path)) if path.is_file() else None
+    return open_gguf(path).tokenizer() if fields is None else build_tokenizer(fields, str(path))
+
+
+_METADATA: dict[tuple[Any, ...], dict[str, Any]] = {}  # of the file opened last, by its stamp
+
+
+def _stamp(path: Path) -> tuple[Any, ...]:
+    about = path.stat()
+    return path, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 class GGUFFile:

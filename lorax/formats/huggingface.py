@@ -32,6 +32,7 @@ from lorax.formats.hub import find_model
 from lorax.formats.instead import instead_of_model
 from lorax.formats.json_files import read_json
 from lorax.formats.model_config import DTYPES, new_model, read_config, stated_dtype
+from lorax.formats.read_ahead import read_ahead
 from lorax.formats.safetensors_files import (
     FLOATS,
     MAX_SHARD_BYTES,
@@ -172,7 +173,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None)
     """Load the tokenizer that lies beside a model (`path` as in `load_model`)."""
     where = find_model(path, revision)
     if where.suffix == ".gguf":
-        return gguf_files.open_gguf(where).tokenizer()
+        return gguf_files.gguf_tokenizer(where)
     return tokenizer_files.read_tokenizer(where)
 
 
@@ -312,6 +313,7 @@ def _fill(
     files: ModelFiles, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> None:
     model = files.model
+    plain = files.read if files.is_mapped else read_ahead(files.read, files.names)
     for mine in files.names:
         module_name, _, parameter = mine.rpartition(".")
         module = model.get_submodule(module_name)
@@ -319,7 +321,7 @@ def _fill(
         if stored is not None:
             replace_module(model, module_name, _quantized_linear(stored.to(device), module, dtype))
             continue
-        tensor = files.read(mine).to(dtype=dtype, copy=files.is_mapped).to(device).contiguous()
+        tensor = plain(mine).to(dtype=dtype, copy=files.is_mapped).to(device).contiguous()
         if quantization and parameter == "weight" and quantizable(module_name, module):
             weight = quantize(tensor, quantization, name=mine)
             replace_module(model, module_name, _quantized_linear(weight, module, dtype))
