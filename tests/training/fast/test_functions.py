@@ -95,8 +95,9 @@ def test_an_input_that_needs_no_gradient_gets_none():
 
 @pytest.mark.parametrize(("rows", "classes"), [(1, 7), (5, 3), (40, 97)])
 def test_the_head_against_cross_entropy(rows, classes, monkeypatch):
-    """Chunks of a few rows: the loss and dx of torch's cross entropy, computed in float64."""
-    monkeypatch.setattr(head, "CHUNK_LOGITS", 8 * classes)
+    """Blocks of a few rows and classes: the loss and dx of torch's cross entropy, computed in float64."""
+    monkeypatch.setattr(head, "ROWS", 8)
+    monkeypatch.setattr(head, "BLOCK", 10)
     linear = nn.Linear(16, classes, bias=False).requires_grad_(False)
     x = torch.randn(rows, 16, requires_grad=True)
     targets = torch.randint(0, classes, (rows,))
