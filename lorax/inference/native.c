@@ -151,7 +151,7 @@ static void row_of(const Product *p, const Codes *codes, int64_t n, float *out) 
 
 // AHEAD: how many rows further the memory is asked for; on a busy machine bfloat16 takes 0.7 of the
 // time for it.
-enum { MOST_ROWS = 16, TILE = 4, AHEAD = 8 };
+enum { MOST_ROWS = 16, MOST_TOGETHER = 3, TILE = 4, AHEAD = 8 };
 
 // y[i][j] = w[i] . x[j], for a tile of rows of W and rows of x. Every tile adds up in one order.
 INLINE void tile(
@@ -227,47 +227,74 @@ static void rows_times(
     tiles(w, kind, x, p->in, rows, M, found, TILE);
 }
 
-// y (M, out) = the product of x (M, in); both of kind `kind`. M is at most MOST_ROWS.
-void product(
-    const Product *p, const void *given, void *y, int64_t kind, int64_t M, int64_t threads) {
-    float *wide = 0;
+// sums[i + m * TILE]: rows first, first + 1, ... of a Linear's whole output, for x (M, in).
+static void outputs(
+    const Product *p, const Codes *codes, int64_t first, int64_t rows, const float *x,
+    const float *h, int64_t M, float *buffer, float *sums) {
+    float path[TILE * MOST_ROWS];
+    rows_times(p, codes, first, rows, x, M, buffer, sums);
+    if (p->rank)
+        tiles((const char *)p->B + first * p->rank * SIZE(p->path_kind), p->path_kind, h, p->rank,
+              rows, M, path, TILE);
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t i = 0; i < rows; i++) {
+            if (p->rank) sums[i + m * TILE] += p->scaling * path[i + m * TILE];
+            if (p->bias) sums[i + m * TILE] += p->bias[first + i];
+        }
+}
+
+static inline float silu(float x) { return x / (1.0f + expf(-x)); }
+
+// ys[c] (M, out) = product c of x (M, in), for at most MOST_TOGETHER Linears with that input; all of
+// kind `kind`, M at most MOST_ROWS. gated: two of them, and ys[0] = silu(first) * second.
+void products(
+    const Product *const *all, void *const *ys, int64_t count, const void *given, int64_t kind,
+    int64_t M, int64_t gated, int64_t threads) {
+    int64_t in = all[0]->in;
+    float *wide = 0, *hidden[MOST_TOGETHER];  // hidden: x A^T (M, rank)
+    Codes codes[MOST_TOGETHER];
     const float *x = given;
     if (kind != FLOAT32) {
-        wide = malloc(M * p->in * sizeof(float));
-        widen(given, kind, 0, M * p->in, wide);
+        wide = malloc(M * in * sizeof(float));
+        widen(given, kind, 0, M * in, wide);
         x = wide;
     }
-    float *h = p->rank ? malloc(M * p->rank * sizeof(float)) : 0;  // x A^T (M, rank)
-    Codes codes;
-    if (p->kind == FOUR_BIT) codes = codes_of(p->code);
+    for (int64_t c = 0; c < count; c++) {
+        hidden[c] = all[c]->rank ? malloc(M * all[c]->rank * sizeof(float)) : 0;
+        if (all[c]->kind == FOUR_BIT) codes[c] = codes_of(all[c]->code);
+    }
 #pragma omp parallel num_threads(threads)
     {
-        float *buffer = malloc(TILE * p->in * sizeof(float));
-        float found[TILE * MOST_ROWS], path[TILE * MOST_ROWS];
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < p->rank; r += TILE) {
-            int64_t rows = p->rank - r < TILE ? p->rank - r : TILE;
-            tiles((const char *)p->A + r * p->in * SIZE(p->path_kind), p->path_kind, x, p->in,
-                  rows, M, h + r, p->rank);
+        float *buffer = malloc(TILE * in * sizeof(float));
+        float sums[TILE * MOST_ROWS], gates[TILE * MOST_ROWS];
+        for (int64_t c = 0; c < count; c++) {
+            const Product *p = all[c];
+#pragma omp for schedule(static) nowait
+            for (int64_t r = 0; r < p->rank; r += TILE) {
+                int64_t rows = p->rank - r < TILE ? p->rank - r : TILE;
+                tiles((const char *)p->A + r * in * SIZE(p->path_kind), p->path_kind, x, in, rows,
+                      M, hidden[c] + r, p->rank);
+            }
         }
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < p->out; n += TILE) {
-            int64_t rows = p->out - n < TILE ? p->out - n : TILE;
-            rows_times(p, &codes, n, rows, x, M, buffer, found);
-            if (p->rank)
-                tiles((const char *)p->B + n * p->rank * SIZE(p->path_kind), p->path_kind, h,
-                      p->rank, rows, M, path, TILE);
-            for (int64_t m = 0; m < M; m++)
-                for (int64_t i = 0; i < rows; i++) {
-                    float sum = found[i + m * TILE];
-                    if (p->rank) sum += p->scaling * path[i + m * TILE];
-                    if (p->bias) sum += p->bias[n + i];
-                    put(y, kind, m * p->out + n + i, sum);
-                }
+#pragma omp barrier
+        for (int64_t c = gated; c < count; c++) {
+            const Product *p = all[c];
+#pragma omp for schedule(static) nowait
+            for (int64_t n = 0; n < p->out; n += TILE) {
+                int64_t rows = p->out - n < TILE ? p->out - n : TILE;
+                outputs(p, &codes[c], n, rows, x, hidden[c], M, buffer, sums);
+                if (gated) outputs(all[0], &codes[0], n, rows, x, hidden[0], M, buffer, gates);
+                for (int64_t m = 0; m < M; m++)
+                    for (int64_t i = 0; i < rows; i++) {
+                        float y = sums[i + m * TILE];
+                        if (gated) y *= silu(gates[i + m * TILE]);
+                        put(ys[c - gated], kind, m * p->out + n + i, y);
+                    }
+            }
         }
         free(buffer);
     }
-    free(h);
+    for (int64_t c = 0; c < count; c++) free(hidden[c]);
     free(wide);
 }
 
@@ -347,13 +374,27 @@ static void head(
     for (int64_t d = 0; d < D; d++) put(out, c->kind, at + d, mixed[d]);
 }
 
+// out (width,) = x with its first `turning` values turned, pairs (i, i + turning / 2); float32.
+static void turn(
+    const Layer *c, const void *x, int64_t at, const void *cos, const void *sin, int64_t turning,
+    int64_t row, float *out) {
+    widen(x, c->kind, at, c->width, out);
+    for (int64_t d = 0, half = turning / 2; d < half; d++) {
+        int64_t near = row * turning + d, far = near + half;
+        float a = out[d], b = out[d + half];
+        out[d] = a * one(cos, c->kind, near) - b * one(sin, c->kind, near);
+        out[d + half] = b * one(cos, c->kind, far) + a * one(sin, c->kind, far);
+    }
+}
+
 // Put each row's key and value (rows, kv_heads, width) at place lengths[row] of its slot; then its
-// query (rows, heads, width) over all places up to there, or the last `window` of them.
+// query (rows, heads, width) over all places up to there, or the last `window` of them. Keys and
+// queries are turned before, by cos and sin (rows, turning), unless `turning` is 0.
 void attend(
     const Layer *c, const void *query, const void *key, const void *value, void *out,
-    const int64_t *slots, const int64_t *lengths, int64_t rows, int64_t window, float scale,
-    float cap, int64_t threads) {
-    int64_t D = c->width, group = c->heads / c->kv_heads, bytes = c->kind == FLOAT32 ? 4 : 2;
+    const int64_t *slots, const int64_t *lengths, const void *cos, const void *sin,
+    int64_t turning, int64_t rows, int64_t window, float scale, float cap, int64_t threads) {
+    int64_t D = c->width, group = c->heads / c->kv_heads, bytes = SIZE(c->kind);
 #pragma omp parallel num_threads(threads)
     {
         float *scores = malloc(c->places * sizeof(float)), q[D];
@@ -363,10 +404,11 @@ void attend(
             int64_t from = window && count > window ? count - window : 0;
             int64_t at = (slots[row] * c->kv_heads + i % c->kv_heads) * c->places * D * bytes;
             char *keys = (char *)c->keys + at, *values = (char *)c->values + at;
-            memcpy(keys + last * D * bytes, (char *)key + i * D * bytes, D * bytes);
+            turn(c, key, i * D, cos, sin, turning, row, q);
+            for (int64_t d = 0; d < D; d++) put(keys, c->kind, last * D + d, q[d]);
             memcpy(values + last * D * bytes, (char *)value + i * D * bytes, D * bytes);
             for (int64_t h = i * group; h < (i + 1) * group; h++) {
-                widen(query, c->kind, h * D, D, q);
+                turn(c, query, h * D, cos, sin, turning, row, q);
                 head(c, q, keys + from * D * bytes, values + from * D * bytes, count - from, scale,
                      cap, scores, out, h * D);
             }

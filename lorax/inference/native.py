@@ -116,10 +116,10 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     """The functions with the types of their arguments; none gives anything back."""
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     declared = {
-        "product": (pointer, pointer, pointer, integer, integer, integer),
+        "products": (pointer, pointer, integer, pointer, integer, integer, integer, integer),
         "decode": (pointer, pointer, integer, integer),
         "rms_norm": (pointer, pointer, pointer, integer, integer, integer, real, real, integer),
-        "attend": (*(pointer,) * 7, integer, integer, real, real, integer),
+        "attend": (*(pointer,) * 9, integer, integer, integer, real, real, integer),
     }
     for name, types in declared.items():
         getattr(found, name).argtypes = types

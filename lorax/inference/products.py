@@ -1,6 +1,7 @@
 """What computes few rows fast in the place of a model's modules: native.c called from PyTorch.
 
     FastLinear   x W^T + b + s (x A^T) B^T; up to 16 rows by native.c, more by a matrix product
+    Together     FastLinears with one input
     FastNorm     an RMSNorm, of a Llama or a Gemma
     RowsApart    a module whose rows share something, a row at a time
 
@@ -10,6 +11,7 @@ Each shares the tensors of the module that it stands for, and is for inference: 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,10 +61,7 @@ class FastLinear(nn.Module):
         self.scratch: Scratch = {} if scratch is None else scratch
         self.kept: list[Tensor] = []  # what the pointers below point to
         self.product = self._product(dtype)
-        self.address = ctypes.addressof(self.product)
-        found = library()
-        assert found is not None
-        self.library = found
+        self.addresses = (ctypes.c_void_p * 1)(ctypes.addressof(self.product))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -97,16 +96,9 @@ class FastLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype."""
-        rows = x.numel() // self.in_features
-        kind = KINDS.get(x.dtype)
-        if kind is None or not 0 < rows <= MOST_ROWS:
-            return self._many(x, kind)
-        x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.out_features)
-        self.library.product(
-            self.address, x.data_ptr(), y.data_ptr(), kind, rows, torch.get_num_threads()
-        )
-        return y
+        if not are_few(x):
+            return self._many(x, KINDS.get(x.dtype))
+        return products(self.addresses, [self.out_features], x)[0]
 
     def _many(self, x: Tensor, kind: int | None) -> Tensor:
         """Many rows: as the module itself, but for what native.c decodes faster.
@@ -127,8 +119,51 @@ class FastLinear(nn.Module):
         if dtype not in self.scratch or self.scratch[dtype].numel() < size:
             self.scratch[dtype] = torch.empty(size, dtype=dtype)
         W = self.scratch[dtype][:size].view(self.out_features, self.in_features)
-        self.library.decode(self.address, W.data_ptr(), KINDS[dtype], torch.get_num_threads())
+        compiled = library()
+        assert compiled is not None
+        address = self.addresses[0]
+        compiled.decode(address, W.data_ptr(), KINDS[dtype], torch.get_num_threads())
         return W
+
+
+class Together:
+    """Linears with one input, in one call of native.c.
+
+    gated: two Linears, and silu of the first's output times the second's is what comes out.
+    """
+
+    def __init__(self, linears: Sequence[FastLinear], gated: bool = False):
+        self.linears, self.gated = linears, gated
+        self.addresses = (ctypes.c_void_p * len(linears))(*(x.addresses[0] for x in linears))
+        self.widths = [linear.out_features for linear in linears[gated:]]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """(..., in) -> each (..., out)."""
+        if are_few(x):
+            return products(self.addresses, self.widths, x, self.gated)
+        found = [linear(x) for linear in self.linears]
+        return [F.silu(found[0]).mul_(found[1])] if self.gated else found
+
+
+def are_few(x: Tensor) -> bool:
+    """Whether x (..., in) has rows for native.c's products, and not for a matrix product."""
+    return x.dtype in KINDS and 0 < x.numel() // x.shape[-1] <= MOST_ROWS
+
+
+def products(
+    addresses: ctypes.Array[Any], widths: list[int], x: Tensor, gated: bool = False
+) -> list[Tensor]:
+    """native.c's `products` of these Products: x (..., in) -> (..., width) for each of `widths`."""
+    compiled = library()
+    assert compiled is not None
+    x = x.contiguous()
+    ys = [x.new_empty(*x.shape[:-1], width) for width in widths]
+    pointers = (ctypes.c_void_p * len(ys))(*(y.data_ptr() for y in ys))
+    compiled.products(
+        *(addresses, pointers, len(addresses), x.data_ptr(), KINDS[x.dtype]),
+        *(x.numel() // x.shape[-1], gated, torch.get_num_threads()),
+    )
+    return ys
 
 
 class FastNorm(nn.Module):

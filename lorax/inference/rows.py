@@ -11,7 +11,7 @@ and attention are each row's own. A row's numbers do not depend on the others.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +30,19 @@ class RowsCache:
     def __init__(self, model: Model, slots: int, places: int):
         self.all = KVCache.of(model, slots, places)
         self.lengths = [0] * slots
+        self.tables: dict[torch.dtype, list[Any] | None] = {}
+
+    def table(self, ropes: Callable[[int, Tensor], list[Any]], x: Tensor) -> list[Any] | None:
+        """Each layer's rotations of every place, (places, D) each, made once.
+
+        None where a position's angles follow from the length as well (models/stretching.py): then
+        some place has others when it is asked for alone.
+        """
+        if x.dtype not in self.tables:
+            places = self.all.keys.shape[3]
+            made = ropes(0, x[:1, :1].expand(-1, places, -1))
+            self.tables[x.dtype] = made if _follow_from_places(ropes, x, places) else None
+        return self.tables[x.dtype]
 
     def whole(self, slot: int) -> Slot:
         """For a pass of all the tokens of a slot's row, which forgets what the slot held."""
@@ -39,6 +52,18 @@ class RowsCache:
     def step(self, slots: list[int]) -> Step:
         """For a pass of one token (B, 1) for each of these slots."""
         return Step(self, slots)
+
+
+def _follow_from_places(ropes: Callable[[int, Tensor], list[Any]], x: Tensor, places: int) -> bool:
+    """Whether rotations are the same in a sequence of so many places and where that place ends."""
+    one = x[:1, :1].float()
+    wholes = ropes(0, one.expand(-1, places, -1))
+    return all(
+        torch.allclose(whole[place], alone[0], rtol=0, atol=1e-6)
+        for place in {min(1, places - 1), places // 2, places - 1}  # place 0 is never turned
+        for layer, mine in zip(wholes, ropes(place, one), strict=True)
+        for whole, alone in zip(layer, mine, strict=True)
+    )
 
 
 class Slot(KVCache):
@@ -81,21 +106,22 @@ class Step(Context):
 
     def turns(self, ropes: Callable[[int, Tensor], list[Any]], x: Tensor) -> list[Any]:
         """Each layer's rotations, of each row's position: cosine and sine, (B, 1, 1, D)."""
-        each = [ropes(n, row) for n, row in zip(self.lengths, x.split(1), strict=True)]
-        joined: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # layers that share theirs still do
-        found = []
-        for parts in zip(*each, strict=True):
-            key = tuple(map(id, parts))
-            if key not in joined:
-                joined[key] = tuple(torch.stack(s)[:, None] for s in zip(*parts, strict=True))
-            found.append(joined[key])
-        return found
+        table = self.cache.table(ropes, x)
+        if table is None:
+            rows = zip(self.lengths, x.split(1), strict=True)
+            each = zip(*(ropes(n, row) for n, row in rows), strict=True)  # a layer's, of each row
+            return _shared(each, lambda parts: [torch.cat(s) for s in zip(*parts, strict=True)])
+        places = torch.tensor(self.lengths, device=x.device)
+        return _shared(zip(table, strict=True), lambda whole: [s[places] for s in whole[0]])
+
+    def is_native_for(self, x: Tensor) -> bool:
+        """Whether native.c attends for queries like x, and turns them where `rope` is given."""
+        return self.is_native and x.dtype == self.cache.all.keys.dtype
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
         """Store key and value (B, K, 1, D); attend by query (B, H, 1, D) in each row's slot."""
         keys, values = self.cache.all.keys[layer], self.cache.all.values[layer]
-        native = self.is_native and query.dtype == keys.dtype
-        attend = attend_native if native else attend_plain
+        attend = attend_native if self.is_native_for(query) else attend_plain
         return attend(self, keys, values, query, key, value, **how)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,8 +170,13 @@ def attend_native(
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`attend_plain` by native.c, in float32 within."""
+    """`attend_plain` by native.c, in float32 within.
+
+    rope: cosine and sine, (B, 1, 1, P) in the query's dtype, of queries and keys that are not
+        turned yet.
+    """
     compiled = library()
     assert compiled is not None
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -155,10 +186,24 @@ def attend_native(
         *(KINDS[keys.dtype], heads, kv_heads, width, places), keys.data_ptr(), values.data_ptr()
     )
     out = torch.empty_like(query)
+    tables = [None, None] if rope is None else [part.contiguous().data_ptr() for part in rope]
     compiled.attend(
         *(ctypes.addressof(layer), query.data_ptr(), key.data_ptr(), value.data_ptr()),
         *(out.data_ptr(), ctypes.addressof(step.slots_of), ctypes.addressof(step.places_of)),
-        *(len(step.slots), window or 0, width**-0.5 if scale is None else scale, cap or 0.0),
-        torch.get_num_threads(),
+        *(*tables, 0 if rope is None else rope[0].shape[-1], len(step.slots), window or 0),
+        *(width**-0.5 if scale is None else scale, cap or 0.0, torch.get_num_threads()),
     )
     return out
+
+
+def _shared(
+    layers: Iterable[tuple[Any, ...]], make: Callable[[tuple[Any, ...]], list[Tensor]]
+) -> list[Any]:
+    """`make` of each layer's rotations, (B, D), as (B, 1, 1, D); of what layers share, once."""
+    found, made = [], {}
+    for parts in layers:
+        key = tuple(map(id, parts))
+        if key not in made:
+            made[key] = tuple(s[:, None, None] for s in make(parts))
+        found.append(made[key])
+    return found

@@ -2,6 +2,7 @@
 
     Linear, four-bit QuantizedLinear, LoRALinear around either   -> FastLinear  (products.py)
     RMSNorm, GemmaRMSNorm                                        -> FastNorm
+    LlamaAttention, LlamaMLP around FastLinears                  -> layers.py
     int8 QuantizedLinear, an adapter's layer around it           -> RowsApart
     anything else                                                   as it is
 
@@ -26,9 +27,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorax.adapters.as_known import is_as_known
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.tables import embedding_weight
+from lorax.inference.layers import in_fewer_calls
 from lorax.inference.native import KINDS, library, uses_native
 from lorax.inference.products import FastLinear, FastNorm, RowsApart, Scratch, covers
 from lorax.models import Model
@@ -77,7 +80,7 @@ class _Twins:
             return FastLinear(module, None, self.dtype, self.scratch)
         if isinstance(module, QuantizedLinear):
             return self._of_quantized(module)
-        if self.native and type(module) in (RMSNorm, GemmaRMSNorm):
+        if self.native and type(module) in (RMSNorm, GemmaRMSNorm) and is_as_known(type(module)):
             return FastNorm(module) if module.weight.dtype == self.dtype else module
         return self._around_twins(module)
 
@@ -110,13 +113,16 @@ class _Twins:
             name: None if child is None else self.of(child)
             for name, child in module._modules.items()
         }
+        in_fewer_calls(twin)
         return twin
 
 
 def _is_plain(layer: AdapterLayer) -> bool:
     """Whether it computes what LoRALinear says, W x + s B A x, whatever its class is."""
     mine = vars(LoRALinear)
-    return all(getattr(type(layer), n, None) is mine[n] for n in ("adapted", "path_onto"))
+    return is_as_known(LoRALinear) and all(
+        getattr(type(layer), n, None) is mine[n] for n in ("adapted", "path_onto")
+    )
 
 
 def _mixes_rows(module: nn.Module) -> bool:

@@ -10,10 +10,11 @@ import lorax
 from lorax.adapters.lora import LoRALinear
 from lorax.inference import native
 from lorax.inference.native import KINDS
-from lorax.inference.products import FastLinear, FastNorm
+from lorax.inference.products import FastLinear, FastNorm, Together
 from lorax.inference.rows import RowsCache, attend_native, attend_plain
 from lorax.models.gemma2 import GemmaRMSNorm
 from lorax.models.llama import RMSNorm
+from lorax.models.rope import rotate
 from lorax.quant.linear import QuantizedLinear
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
@@ -194,6 +195,63 @@ def test_attention_of_rows_against_its_slow_twin(kv_heads, width, how, dtype):
         assert torch.equal(*(getattr(cache.all, name) for cache in caches))
     # Shares sum to one, so the values bound the result; bfloat16 rounds between steps over there.
     assert (found[0] - found[1]).abs().max() <= 16 * UNIT[dtype] * found[1].abs().max()
+
+
+@pytest.mark.parametrize("dtype", list(KINDS))
+@pytest.mark.parametrize("turning", [4, 20])
+def test_attention_turns_queries_and_keys(turning, dtype):
+    """Whole heads and the first values of each, by each row's own angles."""
+    caches = [RowsCache(Sized(dtype, 3, 20), 4, 12) for _ in range(2)]
+    for cache in caches:
+        cache.all.keys.copy_(drawn(*cache.all.keys.shape))
+        cache.all.values.copy_(drawn(*cache.all.values.shape, seed=1))
+        cache.lengths = [5, 0, 11, 2]
+    query, key, value = (
+        drawn(3, heads, 1, 20, seed=s).to(dtype) for heads, s in ((6, 2), (3, 3), (3, 4))
+    )
+    angles = drawn(3, 1, 1, turning // 2, seed=5).repeat(1, 1, 1, 2)
+    rope = angles.cos().to(dtype), angles.sin().to(dtype)
+    steps = [cache.step([2, 0, 1]) for cache in caches]
+    layers = [(cache.all.keys[1], cache.all.values[1]) for cache in caches]
+    found = attend_native(steps[0], *layers[0], query, key, value, rope=rope).float()
+    turned = [rotate(x.float(), *(r.float() for r in rope)).to(dtype) for x in (query, key)]
+    expected = attend_plain(steps[1], *layers[1], *turned, value).float()
+    # It is the key that is rounded; the query stays as exact as it was.
+    stored, wanted = (keys.float() for keys, _ in layers)
+    assert (stored - wanted).abs().max() <= 2 * UNIT[dtype] * wanted.abs().max()
+    assert (found - expected).abs().max() <= 16 * UNIT[dtype] * expected.abs().max()
+    plain = attend_plain(steps[1], *layers[1], query, key, value).float()
+    assert (found - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", list(KINDS))
+@pytest.mark.parametrize("M", [1, 3, 16])
+@pytest.mark.parametrize("kind", ["dense", "nf4-dq"])
+def test_linears_together_give_the_bits_of_each_alone(kind, M, dtype):
+    fast = []
+    for n, (out, rank) in enumerate([(33, 5), (8, 0), (18, 4)]):
+        base = nn.Linear(64, out).to(dtype).requires_grad_(False)
+        if kind != "dense":
+            base = QuantizedLinear(lorax.quantize(base.weight, kind), base.bias)
+        layer = LoRALinear(base, rank, 2.0) if rank else None
+        for parameter in layer.tensors().values() if rank else ():
+            parameter.data = drawn(*parameter.shape, seed=n)
+        fast.append(twin(base, layer, dtype))
+    x = drawn(M, 1, 64).to(dtype)
+    for found, linear in zip(Together(fast)(x), fast, strict=True):
+        assert torch.equal(found, linear(x))
+
+
+@pytest.mark.parametrize("dtype", list(KINDS))
+@pytest.mark.parametrize("M", [1, 5, 16, 17])
+def test_gated_linears_against_float64(M, dtype):
+    fast = [twin(nn.Linear(40, 21).to(dtype).requires_grad_(False), dtype=dtype) for _ in "gu"]
+    x = drawn(M, 40).to(dtype)
+    (found,) = Together(fast, gated=True)(x)
+    gate, up = (linear.base.double()(x.double()) for linear in fast)
+    exact = nn.functional.silu(gate) * up
+    bound = (64 if dtype == torch.float32 else 4) * UNIT[dtype]  # 40 terms; two roundings
+    assert (found.double() - exact).abs().max() <= bound * max(1, exact.abs().max())
 
 
 def test_the_structures_are_as_long_as_c_has_them():

@@ -23,6 +23,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorax.adapters.as_known import is_as_known
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.models.attention import Context
@@ -42,9 +43,11 @@ def accelerated(model: Any, on: bool = True) -> Iterator[None]:
     """The fast path inside, where a module is known to it; on = False changes nothing.
 
     model: with its adapter, on any device: tensors that are not on a CPU go the plain way. Modules
-        that are put in later, and watched ones (lorax/models/watched.py), stay plain.
+        that are put in later, watched ones (lorax/models/watched.py) and classes that somebody
+        edited (lorax/adapters/as_known.py) stay plain.
     """
-    known = [m for m in model.modules() if on and type(m) in _METHODS and not is_watched(m)]
+    kinds = [kind for kind in _METHODS if on and is_as_known(kind)]
+    known = [m for m in model.modules() if type(m) in kinds and not is_watched(m)]
     for module in known:
         for method in _METHODS[type(module)]:
             setattr(module, method.__name__, MethodType(method, module))

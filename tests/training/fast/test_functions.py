@@ -95,7 +95,7 @@ def test_an_input_that_needs_no_gradient_gets_none():
 
 @pytest.mark.parametrize(("rows", "classes"), [(1, 7), (5, 3), (40, 97)])
 def test_the_head_against_cross_entropy(rows, classes, monkeypatch):
-    """Blocks of a few rows and classes: the loss and dx of torch's cross entropy, computed in float64."""
+    """Blocks of a few rows and classes: loss and dx of torch's cross entropy in float64."""
     monkeypatch.setattr(head, "ROWS", 8)
     monkeypatch.setattr(head, "BLOCK", 10)
     linear = nn.Linear(16, classes, bias=False).requires_grad_(False)
