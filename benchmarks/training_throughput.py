@@ -13,8 +13,9 @@ are its default.
     lorax grouped        data.group_by_length
     lorax packed         data.packing
 
-A round is an epoch on each side. Its time is the processor's, on one thread, from the first step to
-the last: other programs on the machine do not count. Tokens are the rows' own, without padding.
+A round is a run of one epoch on each side: its data, an evaluation of 16 more rows before and after,
+and a checkpoint at the end; the model is loaded before. Time is the processor's, on one thread: other
+programs on the machine do not count. Tokens are the trained rows' own, without padding.
 Memory is the process's peak, and what it grew by once the libraries were there.
 """
 
@@ -36,11 +37,11 @@ import torch
 import lorax
 from lorax.data.examples import load_examples
 from lorax.training.loop import Listener
-from lorax.training.metrics import Line
 from lorax.training.packing import packing_of
 from lorax.training.plan import Plan
 
 ROWS, SHORTEST, LONGEST = 64, 20, 512
+HELD_OUT = 16
 BATCH, MICRO, TRAINERS = 16, 4, 8
 WORDS = 4096
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
@@ -78,11 +79,18 @@ def make_folder(folder: Path, rows: int = ROWS, layers: int = 4, positions: int 
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     draw = random.Random(0)
-    with (folder / "rows.jsonl").open("w") as file:
-        for _ in range(rows):
-            length = draw.randint(SHORTEST, LONGEST) - 1  # and the end token
-            text = " ".join(f"w{draw.randrange(3, WORDS)}" for _ in range(length))
-            file.write(json.dumps({"text": text}) + "\n")
+    for name, count in (("rows", rows), ("held-out", HELD_OUT)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for _ in range(count):
+                length = draw.randint(SHORTEST, LONGEST) - 1  # and the end token
+                text = " ".join(f"w{draw.randrange(3, WORDS)}" for _ in range(length))
+                file.write(json.dumps({"text": text}) + "\n")
+
+
+def rows_of(folder: Path, name: str) -> list[list[int]]:
+    """The tokens of each row."""
+    tokenizer = lorax.load_tokenizer(folder / "model")
+    return [row.ids for row in load_examples(folder / f"{name}.jsonl", tokenizer, LONGEST).rows]
 
 
 def recipe(folder: Path, output: str, **data: Any) -> lorax.Recipe:
@@ -90,12 +98,18 @@ def recipe(folder: Path, output: str, **data: Any) -> lorax.Recipe:
         {
             "model": {"path": str(folder / "model"), "dtype": "float32"},
             "adapter": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
-            "data": {"path": str(folder / "rows.jsonl"), "max_length": LONGEST, **data},
+            "data": {
+                "path": str(folder / "rows.jsonl"),
+                "eval_path": str(folder / "held-out.jsonl"),
+                "max_length": LONGEST,
+                **data,
+            },
             "train": {
                 "output_dir": output,
                 "batch_size": BATCH,
                 "micro_batch_size": MICRO,
-                "save_steps": 0,
+                "eval_steps": ROWS // BATCH,
+                "save_steps": ROWS // BATCH,
             },
         }
     )
@@ -109,14 +123,11 @@ def lorax_side(folder: Path, name: str) -> Callable[[], float]:
         def planned(self, plan: Plan) -> None:
             self.started = time.process_time()
 
-        def measured(self, line: Line) -> None:
-            self.seconds = time.process_time() - self.started
-
     def epoch() -> float:
         clock = Clock()
         with tempfile.TemporaryDirectory() as output:
             lorax.train(recipe(folder, f"{output}/run", **data), clock)
-        return clock.seconds
+            return time.process_time() - clock.started
 
     return epoch
 
@@ -131,8 +142,10 @@ def trainer_side(folder: Path, name: str) -> Callable[[], float]:
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
-    rows = load_examples(folder / "rows.jsonl", lorax.load_tokenizer(folder / "model"), LONGEST)
-    dataset = [{"input_ids": row.ids, "labels": row.ids} for row in rows.rows]
+    rows, held_out = (
+        [{"input_ids": ids, "labels": ids} for ids in rows_of(folder, name)]
+        for name in ("rows", "held-out")
+    )
     grouped = {"train_sampling_strategy": "group_by_length"} if "grouped" in name else {}
     size = MICRO if name.endswith("by 4") else TRAINERS
     arguments = transformers.TrainingArguments(
@@ -141,7 +154,9 @@ def trainer_side(folder: Path, name: str) -> Callable[[], float]:
         gradient_accumulation_steps=BATCH // size,
         num_train_epochs=1,
         learning_rate=2e-4,
-        save_strategy="no",
+        eval_strategy="epoch",
+        eval_on_start=True,
+        save_strategy="epoch",
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
@@ -161,7 +176,8 @@ def trainer_side(folder: Path, name: str) -> Callable[[], float]:
         trainer = transformers.Trainer(
             model=model,
             args=arguments,
-            train_dataset=dataset,
+            train_dataset=rows,
+            eval_dataset=held_out,
             data_collator=collator,
             callbacks=[clock],
         )
