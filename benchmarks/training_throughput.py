@@ -13,10 +13,11 @@ are its default.
     lorax grouped        data.group_by_length
     lorax packed         data.packing
 
-A round is a run of one epoch on each side: its data, an evaluation of 16 more rows before and after,
-and a checkpoint at the end; the model is loaded before. Time is the processor's, on one thread: other
-programs on the machine do not count. Tokens are the trained rows' own, without padding.
-Memory is the process's peak, and what it grew by once the libraries were there.
+A round is a run of one epoch on each side: its data, an evaluation of 16 more rows before and
+after, and a checkpoint at the end; the model is loaded before. Time is the processor's, on one
+thread: other programs on the machine do not count. Tokens are the trained rows' own, without
+padding. Memory is the process's peak, and what it grew by once the libraries were
+there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The fast path in whole models: against PEFT, and where it has to step back."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -305,3 +306,32 @@ def test_the_default_run_takes_the_fast_path(folder, tmp_path, monkeypatch):  # 
 
 def fast_modules(model):
     return sum(bool({"forward", "project"} & set(vars(m))) for m in model.modules())
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4-dq"])
+def test_nothing_of_a_whole_step_stays_alive(tmp_path, quantization):
+    """Without the collector: no reference cycle holds what a step made (issue 12: 4.9 GB once)."""
+    llama(hidden_size=64, num_attention_heads=4).save_pretrained(tmp_path / "base")
+    model = lorax.load_model(tmp_path / "base", quantization=quantization)
+    lorax.add_adapter(model, lorax.LoRAConfig(r=4, lora_dropout=0.1, target_modules="all-linear"))
+    model.train()
+    ids = tokens(rows=2, length=40)
+
+    def step():
+        with accelerated(model):
+            summed_loss(model, ids, ids).backward()
+        model.zero_grad()
+
+    def alive():
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for _ in range(3):
+            step()
+        assert alive() == before
+    finally:
+        gc.enable()
