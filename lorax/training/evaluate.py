@@ -39,6 +39,7 @@ def evaluate(
     size = group.micro_batch_size(len(rows), micro_batch_size)
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
+        rows = sorted(rows, key=lambda row: len(row.ids), reverse=True)  # little padding
         for batch in group.share(micro_batches(rows, size, pad_id, room)):
             batch = batch.to(device)
             total += summed_loss(model, *batch).item()

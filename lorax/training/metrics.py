@@ -145,9 +145,9 @@ def plot_loss(lines: Sequence[Line], path: Path) -> None:
 
     steps = [line for line in lines if isinstance(line.get("loss"), float)]
     evaluations = [line for line in lines if "eval_loss" in line]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.11, 0.13, 0.86, 0.84))  # looking for a layout doubles the time
     axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], ".-", color="#4c78a8",
               lw=1.2, ms=4, label="training, each step's rows")  # fmt: skip
     if evaluations:
