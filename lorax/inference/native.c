@@ -227,9 +227,19 @@ static void rows_times(
     tiles(w, kind, x, p->in, rows, M, found, TILE);
 }
 
-// y (M, out) = the product of x (M, in); both of kind `kind`. M is at most MOST_ROWS.
-void product(
-    const Product *p, const void *given, void *y, int64_t kind, int64_t M, int64_t threads) {
+// The end of the rows from m on that have one Product.
+static int64_t end_of(const Product *const *each, int64_t m, int64_t M) {
+    int64_t end = m + 1;
+    while (end < M && each[end] == each[m]) end++;
+    return end;
+}
+
+// y (M, out) = the products of x (M, in); both of kind `kind`. M is at most MOST_ROWS. Row m has the
+// low-rank path and the bias of each[m]; the weight of all of them is each[0]'s.
+void product_of_rows(
+    const Product *const *each, const void *given, void *y, int64_t kind, int64_t M,
+    int64_t threads) {
+    const Product *p = each[0];
     float *wide = 0;
     const float *x = given;
     if (kind != FLOAT32) {
@@ -237,31 +247,43 @@ void product(
         widen(given, kind, 0, M * p->in, wide);
         x = wide;
     }
-    float *h = p->rank ? malloc(M * p->rank * sizeof(float)) : 0;  // x A^T (M, rank)
+    int64_t ranks = 0, start[MOST_ROWS];  // of a row's part of h
+    for (int64_t m = 0; m < M; m++) start[m] = ranks, ranks += each[m]->rank;
+    float *h = ranks ? malloc(ranks * sizeof(float)) : 0;  // row by row x A^T (rank,)
     Codes codes;
     if (p->kind == FOUR_BIT) codes = codes_of(p->code);
 #pragma omp parallel num_threads(threads)
     {
         float *buffer = malloc(TILE * p->in * sizeof(float));
         float found[TILE * MOST_ROWS], path[TILE * MOST_ROWS];
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < p->rank; r += TILE) {
-            int64_t rows = p->rank - r < TILE ? p->rank - r : TILE;
-            tiles((const char *)p->A + r * p->in * SIZE(p->path_kind), p->path_kind, x, p->in,
-                  rows, M, h + r, p->rank);
+        for (int64_t m = 0, end; m < M; m = end) {
+            const Product *own = each[m];
+            end = end_of(each, m, M);
+#pragma omp for schedule(static) nowait
+            for (int64_t r = 0; r < own->rank; r += TILE) {
+                int64_t rows = own->rank - r < TILE ? own->rank - r : TILE;
+                tiles((const char *)own->A + r * p->in * SIZE(own->path_kind), own->path_kind,
+                      x + m * p->in, p->in, rows, end - m, h + start[m] + r, own->rank);
+            }
         }
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < p->out; n += TILE) {
             int64_t rows = p->out - n < TILE ? p->out - n : TILE;
             rows_times(p, &codes, n, rows, x, M, buffer, found);
-            if (p->rank)
-                tiles((const char *)p->B + n * p->rank * SIZE(p->path_kind), p->path_kind, h,
-                      p->rank, rows, M, path, TILE);
+            for (int64_t m = 0, end; m < M; m = end) {
+                const Product *own = each[m];
+                end = end_of(each, m, M);
+                if (own->rank)
+                    tiles((const char *)own->B + n * own->rank * SIZE(own->path_kind),
+                          own->path_kind, h + start[m], own->rank, rows, end - m,
+                          path + m * TILE, TILE);
+            }
             for (int64_t m = 0; m < M; m++)
                 for (int64_t i = 0; i < rows; i++) {
                     float sum = found[i + m * TILE];
-                    if (p->rank) sum += p->scaling * path[i + m * TILE];
-                    if (p->bias) sum += p->bias[n + i];
+                    if (each[m]->rank) sum += each[m]->scaling * path[i + m * TILE];
+                    if (each[m]->bias) sum += each[m]->bias[n + i];
                     put(y, kind, m * p->out + n + i, sum);
                 }
         }
@@ -269,6 +291,14 @@ void product(
     }
     free(h);
     free(wide);
+}
+
+// The same with one Product for all rows.
+void product(
+    const Product *p, const void *given, void *y, int64_t kind, int64_t M, int64_t threads) {
+    const Product *each[MOST_ROWS];
+    for (int64_t m = 0; m < M; m++) each[m] = p;
+    product_of_rows(each, given, y, kind, M, threads);
 }
 
 // out (out, in), of kind `kind`: W, rounded once.

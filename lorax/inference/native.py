@@ -117,6 +117,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     declared = {
         "product": (pointer, pointer, pointer, integer, integer, integer),
+        "product_of_rows": (pointer, pointer, pointer, integer, integer, integer),
         "decode": (pointer, pointer, integer, integer),
         "rms_norm": (pointer, pointer, pointer, integer, integer, integer, real, real, integer),
         "attend": (*(pointer,) * 7, integer, integer, real, real, integer),

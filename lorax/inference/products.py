@@ -1,6 +1,7 @@
 """What computes few rows fast in the place of a model's modules: native.c called from PyTorch.
 
     FastLinear   x W^T + b + s (x A^T) B^T; up to 16 rows by native.c, more by a matrix product
+    FastRows     the same for rows that have different adapters (mixed.py)
     FastNorm     an RMSNorm, of a Llama or a Gemma
     RowsApart    a module whose rows share something, a row at a time
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorax.adapters.lora import LoRALinear
+from lorax.inference.mixed import MixedLayer, shares_base
 from lorax.inference.native import KINDS, Product, has_fast_bfloat16, library
 from lorax.models.llama import RMSNorm
 from lorax.quant import codebooks
@@ -129,6 +131,48 @@ class FastLinear(nn.Module):
         W = self.scratch[dtype][:size].view(self.out_features, self.in_features)
         self.library.decode(self.address, W.data_ptr(), KINDS[dtype], torch.get_num_threads())
         return W
+
+
+class FastRows(nn.Module):
+    """A MixedLayer: each row by its own adapter, with the bits that it has in a batch of its own.
+
+    base: the twin of what the layers are around. twins: the layers' own, by the adapters' names.
+    """
+
+    def __init__(self, mixed: MixedLayer, base: nn.Module, twins: dict[str, nn.Module]):
+        super().__init__()
+        self.base, self.rows = base, mixed.rows
+        self.twins = dict(twins)
+        self.plainly = MixedLayer(base, mixed.rows)
+        self.plainly.layers = {
+            name: layer if shares_base(layer) else twins[name]
+            for name, layer in mixed.layers.items()
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (B, ...)."""
+        each = [self.twins.get(name or "", self.base) for name in self.rows.names]
+        first, count = each[0], len(each)
+        if all(one is first for one in each):
+            y: Tensor = first(x)
+            return y
+        linears = [one for one in each if isinstance(one, FastLinear)]
+        fits = len(linears) == count <= MOST_ROWS and x.dtype in KINDS
+        if fits and x.numel() == count * linears[0].in_features:
+            return _product_of_rows(linears, x)
+        return self.plainly.adapted(x)
+
+
+def _product_of_rows(each: list[FastLinear], x: Tensor) -> Tensor:
+    """Row by row of x (B, ..., in), one token each; the weight is read once for all."""
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], each[0].out_features)
+    addresses = (ctypes.c_void_p * len(each))(*(one.address for one in each))
+    each[0].library.product_of_rows(
+        *(ctypes.addressof(addresses), x.data_ptr(), y.data_ptr()),
+        *(KINDS[x.dtype], len(each), torch.get_num_threads()),
+    )
+    return y
 
 
 class FastNorm(nn.Module):

@@ -1,6 +1,7 @@
 """The model once more for generation: the same tensors, with faster modules around them.
 
     Linear, four-bit QuantizedLinear, LoRALinear around either   -> FastLinear  (products.py)
+    MixedLayer, adapters a row                                   -> FastRows
     RMSNorm, GemmaRMSNorm                                        -> FastNorm
     int8 QuantizedLinear, an adapter's layer around it           -> RowsApart
     anything else                                                   as it is
@@ -29,8 +30,9 @@ from torch import nn
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.tables import embedding_weight
+from lorax.inference.mixed import MixedLayer
 from lorax.inference.native import KINDS, library, uses_native
-from lorax.inference.products import FastLinear, FastNorm, RowsApart, Scratch, covers
+from lorax.inference.products import FastLinear, FastNorm, FastRows, RowsApart, Scratch, covers
 from lorax.models import Model
 from lorax.models.gemma2 import GemmaRMSNorm
 from lorax.models.llama import RMSNorm
@@ -71,6 +73,9 @@ class _Twins:
     def _make(self, module: nn.Module) -> nn.Module:
         if is_watched(module):
             return module
+        if isinstance(module, MixedLayer):
+            twins = {name: self.of(layer) for name, layer in module.layers.items()}
+            return FastRows(module, self.of(module.base_layer), twins)
         if isinstance(module, AdapterLayer):
             return self._of_adapter(module)
         if self.native and covers(module):
