@@ -98,7 +98,8 @@ class AdapterSet:
     @property
     def active(self) -> str | None:
         """The name of the adapter in use; None for the base alone."""
-        return next((name for name, one in self._named.items() if one is self._active), None)
+        inside = self._in_model()
+        return next((name for name, one in self._named.items() if one is inside), None)
 
     @property
     def in_memory(self) -> list[str]:
@@ -156,7 +157,7 @@ class AdapterSet:
     def remove(self, name: str) -> None:
         """Forget an adapter; its directory stays. The base is in use if it was that one."""
         one = self._find(name)
-        if one is self._active:
+        if one is self._in_model():
             self.use(None)
         del self._named[name]
 
@@ -224,12 +225,12 @@ class AdapterSet:
                 "more than that; give fewer in one batch, or a larger budget"
             )
         if len(names) == 1:
-            with self._base_alone():
-                self.use(names[0])
-                try:
-                    yield self._rows
-                finally:
-                    self._switch(None)
+            before = self._in_model()
+            self.use(names[0])
+            try:
+                yield self._rows
+            finally:
+                self._switch(before)
             return
         with self._base_alone():
             mixed = self._mixed_modules(named)
@@ -275,7 +276,7 @@ class AdapterSet:
         """Put `wanted` in the active one's place; where that fails, the active one stays."""
         if wanted is not None:
             wanted.used = self._next_use()
-        if wanted is self._active and (wanted is None or self._stands(wanted)):
+        if wanted is self._in_model():
             self._refuse_unnamed()
             return
         modules = None if wanted is None else self._fetched(wanted)
@@ -288,16 +289,19 @@ class AdapterSet:
             self._put_in(before)
             self._make_room()
 
-    def _stands(self, one: Named) -> bool:
-        """Whether it is in the model still; `unload_adapter` may have taken it out."""
-        return one.modules is not None and one.modules.are_in(self._model)
+    def _in_model(self) -> Named | None:
+        """The one in use, if it is in the model still: `unload_adapter` may have taken it out."""
+        one = self._active
+        if one is None or one.modules is None or not one.modules.are_in(self._model):
+            return None
+        return one
 
     def _take_out(self) -> Named | None:
         """The model as its base; gives what stood in it."""
-        active, self._active = self._active, None
-        stood = active if active is not None and self._stands(active) else None
+        stood = self._in_model()
         if stood is not None and stood.modules is not None:
             stood.modules.take_out(self._model)
+        self._active = None
         self._refuse_unnamed()
         return stood
 
@@ -308,7 +312,7 @@ class AdapterSet:
         self._active = one
 
     def _refuse_unnamed(self) -> None:
-        if self._active is None and "adapter_config" in vars(self._model):
+        if self._in_model() is None and "adapter_config" in vars(self._model):
             raise AdapterError(
                 "the model has an adapter without a name; expected the base alone, or one with a "
                 "name: unload_adapter(model) first"
@@ -343,7 +347,7 @@ class AdapterSet:
         return folder
 
     def _as_data(self, name: str) -> Adapter:
-        before = self._active
+        before = self._in_model()
         self.use(name)
         try:
             return Adapter.of(self._model)

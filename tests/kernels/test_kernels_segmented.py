@@ -118,7 +118,7 @@ from lorax.kernels.segmented import Path, add_paths
 found = []
 for target in (80, 90):
     for dtype in (torch.float32, torch.bfloat16):
-        for rank in (8, 64, 200):
+        for rank in (16, 200):
             for tokens in (1, 512):
                 x, y = (torch.empty(8, tokens, width, dtype=dtype) for width in (4096, 14336))
                 path = Path(torch.empty(rank, 4096), torch.empty(14336, rank), 0.5)
@@ -144,7 +144,7 @@ def compiled():
 
 def test_compiled_for_ampere_and_hopper_without_spills(compiled):
     assert {row["target"] for row in compiled} == {80, 90}
-    assert len(compiled) == 2 * 2 * 3 * 2 * 2  # targets, dtypes, ranks, tokens, launches
+    assert len(compiled) == 2 * 2 * 2 * 2 * 2  # targets, dtypes, ranks, tokens, launches
     assert [row for row in compiled if row["spills"]] == []
     assert [row for row in compiled if row["shared_bytes"] > row["limit"]] == []
     for row in compiled:
