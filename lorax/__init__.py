@@ -1,8 +1,7 @@
 """lorax: LoRA and QLoRA from scratch in PyTorch and Triton.
 
 Importing lorax starts nothing: each public name below is imported from its room the first time it
-is used, so that `lorax --help` answers at once and nobody pays for torch who does not need it.
-Type checkers read the same names in __init__.pyi.
+is used, so that `lorax --help` answers at once. Type checkers read the same in __init__.pyi.
 """
 
 import sys
@@ -25,8 +24,9 @@ _NAMES = {  # module: its public names
     "errors": "LoraxError",
     "formats.adapter_data": "read_adapter write_adapter",
     "formats.huggingface": "load_model load_tokenizer save_model",
-    "formats.peft": "load_adapter save_adapter",
+    "formats.peft": "save_adapter",
     "inference.generate": "generate",
+    "inference.named": "load_adapter named_adapters use_adapter",
     "models.families": "register_model",
     "parity.against_peft": "verify",
     "plugins": "load_plugin",

@@ -21,9 +21,11 @@ from lorax.formats.adapter_data import write_adapter as write_adapter
 from lorax.formats.huggingface import load_model as load_model
 from lorax.formats.huggingface import load_tokenizer as load_tokenizer
 from lorax.formats.huggingface import save_model as save_model
-from lorax.formats.peft import load_adapter as load_adapter
 from lorax.formats.peft import save_adapter as save_adapter
 from lorax.inference.generate import generate as generate
+from lorax.inference.named import load_adapter as load_adapter
+from lorax.inference.named import named_adapters as named_adapters
+from lorax.inference.named import use_adapter as use_adapter
 from lorax.models.families import register_model as register_model
 from lorax.parity.against_peft import verify as verify
 from lorax.plugins import load_plugin as load_plugin

@@ -61,14 +61,20 @@ class DoRALinear(LoRALinear):
         """(..., in) -> (..., out)."""
         bias = self.base_layer.bias
         if not self.drops:
-            u = super().adapted(x)
-            return _Rescale.apply(u, self.gain(), bias)  # a decoded W0 is still in the scratch
+            fused = self._fused(x)
+            if fused is not None:
+                return _Rescale.apply(fused, self.gain(), bias)
+            return self.path_onto(self.base_layer(x), x)  # a decoded W0 is still in the scratch
         y = self.base_layer(x)
         x = self.dropped(x)
         base = self.base_layer(x)
         if bias is not None:
             base = base - bias
-        return y + (_Rescale.apply(self.path_onto(base, x), self.gain(), None) - base)
+        return y + (_Rescale.apply(super().path_onto(base, x), self.gain(), None) - base)
+
+    def path_onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """g (y - bias + the path of x) + bias, where y is the base's for x, without dropout."""
+        return _Rescale.apply(super().path_onto(y, x), self.gain(), self.base_layer.bias)
 
     def gain(self) -> Tensor:
         """g = m / norm(V), (out,) float32; the gradient goes to m."""
@@ -114,9 +120,9 @@ class DoRAEmbedding(LoRAEmbedding):
         norms = self._norms.computed(self._weight(), A, B, self.scaling)
         self.lora_magnitude_vector.data.copy_(norms)
 
-    def adapted(self, ids: Tensor) -> Tensor:
-        """(...) int64 -> (..., dim)."""
-        return _Rescale.apply(super().adapted(ids), self.gain(), None)
+    def path_onto(self, y: Tensor, ids: Tensor) -> Tensor:
+        """g (y + the low-rank rows of ids): (..., dim), (...) int64 -> (..., dim)."""
+        return _Rescale.apply(super().path_onto(y, ids), self.gain(), None)
 
     def gain(self) -> Tensor:
         """g = m / norm(V), (dim,) float32; the gradient goes to m."""

@@ -55,7 +55,10 @@ class LoRAEmbedding(AdapterLayer):
 
     def adapted(self, ids: Tensor) -> Tensor:
         """(...) int64 -> (..., dim)."""
-        y = self.base_layer(ids)
+        return self.path_onto(self.base_layer(ids), ids)
+
+    def path_onto(self, y: Tensor, ids: Tensor) -> Tensor:
+        """y + the low-rank rows of ids: (..., dim), (...) int64 -> (..., dim)."""
         h = F.embedding(ids, self.lora_embedding_A.t()).to(y.dtype)  # (..., r)
         B = self.lora_embedding_B.to(y.dtype)
         flat = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])  # a single token is a row

@@ -60,7 +60,10 @@ class TokenRows(AdapterLayer):
 
     def adapted(self, x: Tensor) -> Tensor:
         """Embedding: (...) int64 -> (..., C). Head: (..., C) -> (..., V)."""
-        y = self.base_layer(x)
+        return self.path_onto(self.base_layer(x), x)
+
+    def path_onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, the base's for x, with the rows in their places; shapes are those of `adapted`."""
         if isinstance(self.base_layer, nn.Linear):
             return y.index_copy(-1, self.indices, F.linear(x, self.rows.to(x.dtype)))
         place = self.place[x]  # (...)

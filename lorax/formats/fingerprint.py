@@ -357,6 +357,8 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
     """What options mean that an adapter does not state: it is older than they are."""
+    if not is_language_model(model):
+        return {}
     config: Any = model.config
     stated = _config(model)
     options = [o for o in dataclasses.fields(config) if o.name in stated]

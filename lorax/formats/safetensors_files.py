@@ -56,14 +56,7 @@ class TensorFiles:
 
     def read(self, name: str) -> Tensor:
         """The tensor, as it is stored."""
-        path = self.home[name]
-        try:
-            with open_file(path) as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise FormatError(
-                f"{path}: tensor {name} cannot be read ({error}); get the file anew"
-            ) from None
+        return _read(self.home[name], [name])[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """The tensor's dtype, without reading it."""
@@ -142,8 +135,7 @@ def _hint(directory: Path, name: str) -> str:
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """All tensors of one file."""
-    files = TensorFiles([path])
-    return {name: files.read(name) for name in files.names}
+    return _read(path, _names(path))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -253,6 +245,20 @@ class ShardWriter:
         write_file(self._pending, self._path(len(self._shards)))
         self._shards.append(list(self._pending))
         self._pending.clear()
+
+
+def _read(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Some tensors of one file, which is opened once: its header may be long."""
+    found, name = {}, ""
+    try:
+        with open_file(path) as file:
+            for name in names:
+                found[name] = file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise FormatError(
+            f"{path}: tensor {name} cannot be read ({error}); get the file anew"
+        ) from None
+    return found
 
 
 def _names(path: Path) -> list[str]:

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lorax.inference.named import named_adapters
 from lorax.inference.rows import RowsCache
 from lorax.inference.twins import with_twins
 from lorax.models import Model
+from lorax.models.watched import is_watched
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Row:
     """A prompt: its place among the prompts, and how it stands.
 
     seen: its tokens, and those made so far. left: how many more may come. slot: its place in the
-    cache. has_begun: whether the cache holds it.
+    cache. has_begun: whether the cache holds it. adapter: its own, where rows have their own.
     """
 
     index: int
@@ -46,6 +49,7 @@ class Row:
     slot: int = -1
     generator: torch.Generator | None = None
     has_begun: bool = False
+    adapter: str | None = None
 
 
 def stream_rows(
@@ -55,6 +59,7 @@ def stream_rows(
     counts: Sequence[int],
     sampling: Sampling | None = None,
     batch_size: int = 8,
+    adapters: Sequence[str | None] | None = None,
 ) -> Iterator[tuple[int, int | None]]:
     """The new tokens as they are made: a prompt's index with a token; with None once it has ended.
 
@@ -65,6 +70,8 @@ def stream_rows(
         counts: how many tokens each gets at most.
         sampling: the same for all; None takes the likeliest token each time.
         batch_size: how many are answered together.
+        adapters: each prompt's own by its name, None for the base alone; not given, what the model
+            has in use.
     """
     was_training = model.training
     model.eval()
@@ -72,23 +79,74 @@ def stream_rows(
         rows = [Row(i, list(p), n) for i, (p, n) in enumerate(zip(prompts, counts, strict=True))]
         yield from ((row.index, None) for row in rows if row.left < 1)
         rows = [row for row in rows if row.left > 0]
-        if rows:
-            batch = _Batch(model, rows, sampling or Sampling(), max(1, batch_size))
+        if not rows:
+            return
+        if adapters is not None:
+            for row in rows:
+                row.adapter = adapters[row.index]
+        for wave in [rows] if adapters is None else _waves(rows, named_adapters(model).budget):
+            batch = _Batch(
+                model, wave, sampling or Sampling(), max(1, batch_size), adapters is not None
+            )
             while batch.rows:
                 yield from batch.round(ends)
     finally:
         model.train(was_training)
 
 
+class Assigned:
+    """A model whose rows have adapters of their own, for as long as these rows are answered.
+
+    twin: the model for generation. Where somebody watches a module, that module computes itself,
+    and the adapters are put into the model for each pass.
+    """
+
+    def __init__(self, model: Model, rows: list[Row]):
+        self.adapters = named_adapters(model)
+        self.is_watched = any(is_watched(module) for module in model.modules())
+        with self.adapters.standing(list(dict.fromkeys(row.adapter for row in rows))) as groups:
+            self.groups = groups
+            self.twin = with_twins(model)
+
+    @contextmanager
+    def to(self, rows: list[Row]) -> Iterator[None]:
+        """Inside, row i of a pass is rows[i]."""
+        names = [row.adapter for row in rows]
+        if self.is_watched:
+            with self.adapters.rows(names, len(names)):
+                yield
+        else:
+            self.groups.set(names)
+            yield
+
+
+def _waves(rows: list[Row], budget: int | None) -> Iterator[list[Row]]:
+    """The rows, in order, in groups of no more adapters than may be in memory at once."""
+    wave: list[Row] = []
+    seen: set[str | None] = set()
+    for row in rows:
+        more = seen | ({row.adapter} - {None})
+        if budget is not None and len(more) > budget:
+            yield wave
+            wave, more = [], {row.adapter}
+        wave.append(row)
+        seen = more
+    if wave:
+        yield wave
+
+
 class _Batch:
     """What stands at the top of this file."""
 
-    def __init__(self, model: Model, rows: list[Row], sampling: Sampling, batch_size: int):
+    def __init__(
+        self, model: Model, rows: list[Row], sampling: Sampling, batch_size: int, by_name: bool
+    ):
         self.sampling = sampling
         self.device = next(model.parameters()).device
         slots = min(batch_size, len(rows))
         with torch.no_grad():
-            self.model = with_twins(model)
+            self.assigned = Assigned(model, rows) if by_name else None
+            self.model = with_twins(model) if self.assigned is None else self.assigned.twin
         self.cache = RowsCache(self.model, slots, max(len(r.seen) + r.left for r in rows))
         self.free = deque(range(slots))
         self.waiting = deque(rows)
@@ -119,6 +177,10 @@ class _Batch:
                 row.generator = torch.Generator(self.device).manual_seed(self.sampling.seed)
             self.rows.append(row)
 
+    def _adapters_of(self, rows: list[Row]) -> AbstractContextManager[None]:
+        """Inside, the model's rows are these."""
+        return nullcontext() if self.assigned is None else self.assigned.to(rows)
+
     @torch.inference_mode()
     def _next_tokens(self) -> list[int]:
         hidden = {}
@@ -129,14 +191,17 @@ class _Batch:
             else:  # a new prompt; or, as in transformers, all of it once more behind the border
                 ids = torch.tensor([row.seen], device=self.device)  # (1, T)
                 whole = self.cache.whole(row.slot)
-                hidden[row.index] = self.model.hidden_states(ids, whole)[0, -1]
+                with self._adapters_of([row]):
+                    hidden[row.index] = self.model.hidden_states(ids, whole)[0, -1]
                 row.has_begun = True
         if together:
             ids = torch.tensor([row.seen[-1:] for row in together], device=self.device)  # (B, 1)
             step = self.cache.step([row.slot for row in together])
-            last = self.model.hidden_states(ids, step)[:, -1]  # (B, C)
+            with self._adapters_of(together):
+                last = self.model.hidden_states(ids, step)[:, -1]  # (B, C)
             hidden |= {row.index: last[i] for i, row in enumerate(together)}
-        logits = self.model.logits(torch.stack([hidden[row.index] for row in self.rows]))  # (B, V)
+        with self._adapters_of(self.rows):
+            logits = self.model.logits(torch.stack([hidden[r.index] for r in self.rows]))  # (B, V)
         if self.sampling.temperature == 0:
             return [int(token) for token in logits.float().argmax(-1).tolist()]
         how = self.sampling.temperature, self.sampling.top_p

@@ -10,6 +10,7 @@ from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import check_vocabulary
 from lorax.errors import DataError, UsageError
 from lorax.inference.batch import Sampling, stream_rows
+from lorax.inference.named import named_adapters
 from lorax.models import Model
 
 log = logging.getLogger("lorax")
@@ -25,6 +26,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     batch_size: int = 8,
+    adapters: Sequence[str | None] | None = None,
 ) -> str: ...
 @overload
 def generate(
@@ -36,6 +38,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     batch_size: int = 8,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[str]: ...
 def generate(
     model: Model,
@@ -46,6 +49,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     batch_size: int = 8,
+    adapters: Sequence[str | None] | None = None,
 ) -> str | list[str]:
     """Continue a prompt, or several, taken as they stand (no chat template is applied).
 
@@ -59,6 +63,8 @@ def generate(
         top_p: draw from the likeliest tokens that together have this probability.
         seed: of each prompt's draws; None takes torch's global generator.
         batch_size: how many prompts are answered together: speed and memory only.
+        adapters: each prompt's own, by the name that `load_adapter` gave it, None for the base
+            alone; not given, all prompts have what the model has in use.
 
     Returns:
         The continuation alone, without special tokens; of several prompts a list.
@@ -70,7 +76,7 @@ def generate(
     ids = [tokenizer.encode(text) for text in texts]
     places = [""] if isinstance(prompt, str) else [f"prompt {n}: " for n in range(1, len(ids) + 1)]
     how = Sampling(temperature, top_p, seed)
-    found = list(answers(model, tokenizer, ids, max_new_tokens, how, batch_size, places))
+    found = list(answers(model, tokenizer, ids, max_new_tokens, how, batch_size, places, adapters))
     return found[0] if isinstance(prompt, str) else found
 
 
@@ -82,13 +88,14 @@ def answers(
     sampling: Sampling,
     batch_size: int = 8,
     places: Sequence[str] | None = None,
+    adapters: Sequence[str | None] | None = None,
 ) -> Iterator[str]:
     """The answer to each prompt, in order, each as soon as it and those before it are there.
 
     Args:
         prompts: their tokens; all are looked at before anything is computed.
         places: what stands in front of an error about a prompt; "" if not given.
-        max_new_tokens, sampling, batch_size: see `generate`.
+        max_new_tokens, sampling, batch_size, adapters: see `generate`.
 
     Raises:
         UsageError, DataError: as `stream`.
@@ -96,13 +103,16 @@ def answers(
     check_options(max_new_tokens, sampling.temperature, sampling.top_p)
     if batch_size < 1:
         raise UsageError(f"batch_size {batch_size} must be at least 1")
+    if adapters is not None:
+        named_adapters(model).check_rows(adapters, len(prompts))
     counts = []
     for ids, place in zip(prompts, places or [""] * len(prompts), strict=True):
         try:
             counts.append(check_prompt(model, tokenizer, ids, max_new_tokens))
         except (UsageError, DataError) as error:
             raise type(error)(f"{place}{error}") from None
-    rows = stream_rows(model, tokenizer.end_token_ids, prompts, counts, sampling, batch_size)
+    ends = tokenizer.end_token_ids
+    rows = stream_rows(model, ends, prompts, counts, sampling, batch_size, adapters)
     return _in_order(rows, tokenizer)
 
 

@@ -12,30 +12,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorax.adapters.as_known import is_as_known
-from lorax.inference.products import FastLinear, Together
+from lorax.inference.products import Together
 from lorax.inference.rows import Step
 from lorax.models.attention import Context, merge_heads, split_heads
 from lorax.models.llama import LlamaAttention, LlamaMLP, Rope
 
 
 def in_fewer_calls(twin: Any) -> None:
-    """Make a copy of a LlamaAttention or LlamaMLP that has FastLinears one of those below."""
+    """Make a copy of a LlamaAttention or LlamaMLP, around twins, one of those below."""
     kind = type(twin)
     if not is_as_known(kind):
         return
     if kind is LlamaAttention:
-        _become(twin, FastAttention, [twin.q_proj, twin.k_proj, twin.v_proj])
+        twin.__class__ = FastAttention
+        twin.together = Together([twin.q_proj, twin.k_proj, twin.v_proj])
     elif kind is LlamaMLP and twin.activation is F.silu:
-        _become(twin, FastMLP, [twin.gate_proj, twin.up_proj], gated=True)
-
-
-def _become(twin: Any, kind: type[nn.Module], inputs: list[Any], gated: bool = False) -> None:
-    if all(type(linear) is FastLinear for linear in inputs):
-        twin.__class__ = kind
-        twin.together = Together(inputs, gated)
+        twin.__class__ = FastMLP
+        twin.together = Together([twin.gate_proj, twin.up_proj], gated=True)
 
 
 class FastAttention(LlamaAttention):

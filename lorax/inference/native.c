@@ -227,31 +227,52 @@ static void rows_times(
     tiles(w, kind, x, p->in, rows, M, found, TILE);
 }
 
-// sums[i + m * TILE]: rows first, first + 1, ... of a Linear's whole output, for x (M, in).
-static void outputs(
-    const Product *p, const Codes *codes, int64_t first, int64_t rows, const float *x,
-    const float *h, int64_t M, float *buffer, float *sums) {
-    float path[TILE * MOST_ROWS];
-    rows_times(p, codes, first, rows, x, M, buffer, sums);
-    if (p->rank)
-        tiles((const char *)p->B + first * p->rank * SIZE(p->path_kind), p->path_kind, h, p->rank,
-              rows, M, path, TILE);
-    for (int64_t m = 0; m < M; m++)
-        for (int64_t i = 0; i < rows; i++) {
-            if (p->rank) sums[i + m * TILE] += p->scaling * path[i + m * TILE];
-            if (p->bias) sums[i + m * TILE] += p->bias[first + i];
-        }
+// The end of the rows from m on that have one Product.
+static int64_t end_of(const Product *const *each, int64_t m, int64_t M) {
+    int64_t end = m + 1;
+    while (end < M && each[end] == each[m]) end++;
+    return end;
 }
 
-static inline float silu(float x) { return x / (1.0f + expf(-x)); }
+// sums[i + m * TILE]: rows first, first + 1, ... of a Linear's whole output, for x (M, in). h: row by
+// row x A^T (rank,), that of row m at start[m].
+static void outputs(
+    const Product *const *each, const Codes *codes, int64_t first, int64_t rows, const float *x,
+    const float *h, const int64_t *start, int64_t M, float *buffer, float *sums) {
+    float path[TILE * MOST_ROWS];
+    rows_times(each[0], codes, first, rows, x, M, buffer, sums);
+    for (int64_t m = 0, end; m < M; m = end) {
+        const Product *own = each[m];
+        end = end_of(each, m, M);
+        if (own->rank)
+            tiles((const char *)own->B + first * own->rank * SIZE(own->path_kind), own->path_kind,
+                  h + start[m], own->rank, rows, end - m, path + m * TILE, TILE);
+        for (; m < end; m++)
+            for (int64_t i = 0; i < rows; i++) {
+                if (own->rank) sums[i + m * TILE] += own->scaling * path[i + m * TILE];
+                if (own->bias) sums[i + m * TILE] += own->bias[first + i];
+            }
+    }
+}
 
-// ys[c] (M, out) = product c of x (M, in), for at most MOST_TOGETHER Linears with that input; all of
-// kind `kind`, M at most MOST_ROWS. gated: two of them, and ys[0] = silu(first) * second.
+static inline float rounded(float x, int64_t kind) {
+    return kind == FLOAT32 ? x : from_bfloat16(to_bfloat16(x));
+}
+
+// silu(gate) up, each step rounded to `kind`, as the model's own multiplication has it.
+static inline float gated_value(float gate, float up, int64_t kind) {
+    gate = rounded(gate, kind);
+    return rounded(gate / (1.0f + expf(-gate)), kind) * rounded(up, kind);
+}
+
+// ys[c] (M, out) = Linear c of x (M, in), for at most MOST_TOGETHER Linears with that input; all of
+// kind `kind`, M at most MOST_ROWS. Row m has the low-rank path and the bias of all[c * M + m]; the
+// weight is that of row 0. gated: two of them, and ys[0] = silu(first) * second.
 void products(
     const Product *const *all, void *const *ys, int64_t count, const void *given, int64_t kind,
     int64_t M, int64_t gated, int64_t threads) {
-    int64_t in = all[0]->in;
-    float *wide = 0, *hidden[MOST_TOGETHER];  // hidden: x A^T (M, rank)
+    int64_t in = all[0]->in, start[MOST_TOGETHER][MOST_ROWS];
+    float *wide = 0, *hidden[MOST_TOGETHER];
     Codes codes[MOST_TOGETHER];
     const float *x = given;
     if (kind != FLOAT32) {
@@ -260,35 +281,40 @@ void products(
         x = wide;
     }
     for (int64_t c = 0; c < count; c++) {
-        hidden[c] = all[c]->rank ? malloc(M * all[c]->rank * sizeof(float)) : 0;
-        if (all[c]->kind == FOUR_BIT) codes[c] = codes_of(all[c]->code);
+        int64_t ranks = 0;
+        for (int64_t m = 0; m < M; m++) start[c][m] = ranks, ranks += all[c * M + m]->rank;
+        hidden[c] = ranks ? malloc(ranks * sizeof(float)) : 0;
+        if (all[c * M]->kind == FOUR_BIT) codes[c] = codes_of(all[c * M]->code);
     }
 #pragma omp parallel num_threads(threads)
     {
         float *buffer = malloc(TILE * in * sizeof(float));
         float sums[TILE * MOST_ROWS], gates[TILE * MOST_ROWS];
-        for (int64_t c = 0; c < count; c++) {
-            const Product *p = all[c];
+        for (int64_t c = 0; c < count; c++)
+            for (int64_t m = 0, end; m < M; m = end) {
+                const Product *p = all[c * M + m];
+                end = end_of(all + c * M, m, M);
 #pragma omp for schedule(static) nowait
-            for (int64_t r = 0; r < p->rank; r += TILE) {
-                int64_t rows = p->rank - r < TILE ? p->rank - r : TILE;
-                tiles((const char *)p->A + r * in * SIZE(p->path_kind), p->path_kind, x, in, rows,
-                      M, hidden[c] + r, p->rank);
+                for (int64_t r = 0; r < p->rank; r += TILE) {
+                    int64_t rows = p->rank - r < TILE ? p->rank - r : TILE;
+                    tiles((const char *)p->A + r * in * SIZE(p->path_kind), p->path_kind,
+                          x + m * in, in, rows, end - m, hidden[c] + start[c][m] + r, p->rank);
+                }
             }
-        }
 #pragma omp barrier
         for (int64_t c = gated; c < count; c++) {
-            const Product *p = all[c];
+            int64_t out = all[c * M]->out;
 #pragma omp for schedule(static) nowait
-            for (int64_t n = 0; n < p->out; n += TILE) {
-                int64_t rows = p->out - n < TILE ? p->out - n : TILE;
-                outputs(p, &codes[c], n, rows, x, hidden[c], M, buffer, sums);
-                if (gated) outputs(all[0], &codes[0], n, rows, x, hidden[0], M, buffer, gates);
+            for (int64_t n = 0; n < out; n += TILE) {
+                int64_t rows = out - n < TILE ? out - n : TILE;
+                outputs(all + c * M, &codes[c], n, rows, x, hidden[c], start[c], M, buffer, sums);
+                if (gated)
+                    outputs(all, &codes[0], n, rows, x, hidden[0], start[0], M, buffer, gates);
                 for (int64_t m = 0; m < M; m++)
                     for (int64_t i = 0; i < rows; i++) {
                         float y = sums[i + m * TILE];
-                        if (gated) y *= silu(gates[i + m * TILE]);
-                        put(ys[c - gated], kind, m * p->out + n + i, y);
+                        if (gated) y = gated_value(gates[i + m * TILE], y, kind);
+                        put(ys[c - gated], kind, m * out + n + i, y);
                     }
             }
         }
@@ -296,6 +322,12 @@ void products(
     }
     for (int64_t c = 0; c < count; c++) free(hidden[c]);
     free(wide);
+}
+
+// gate (n,) = silu(gate) * up, for products that could not be computed together.
+void gate_in_place(void *gate, const void *up, int64_t kind, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        put(gate, kind, i, gated_value(one(gate, kind, i), one(up, kind, i), kind));
 }
 
 // out (out, in), of kind `kind`: W, rounded once.

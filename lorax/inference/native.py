@@ -117,6 +117,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     declared = {
         "products": (pointer, pointer, integer, pointer, integer, integer, integer, integer),
+        "gate_in_place": (pointer, pointer, integer, integer),
         "decode": (pointer, pointer, integer, integer),
         "rms_norm": (pointer, pointer, pointer, integer, integer, integer, real, real, integer),
         "attend": (*(pointer,) * 9, integer, integer, integer, real, real, integer),

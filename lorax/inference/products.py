@@ -1,7 +1,8 @@
 """What computes few rows fast in the place of a model's modules: native.c called from PyTorch.
 
     FastLinear   x W^T + b + s (x A^T) B^T; up to 16 rows by native.c, more by a matrix product
-    Together     FastLinears with one input
+    FastRows     the same for rows that have different adapters (mixed.py)
+    Together     several of them with one input
     FastNorm     an RMSNorm, of a Llama or a Gemma
     RowsApart    a module whose rows share something, a row at a time
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorax.adapters.lora import LoRALinear
+from lorax.inference.mixed import MixedLayer, shares_base
 from lorax.inference.native import KINDS, Product, has_fast_bfloat16, library
 from lorax.models.llama import RMSNorm
 from lorax.quant import codebooks
@@ -61,7 +63,7 @@ class FastLinear(nn.Module):
         self.scratch: Scratch = {} if scratch is None else scratch
         self.kept: list[Tensor] = []  # what the pointers below point to
         self.product = self._product(dtype)
-        self.addresses = (ctypes.c_void_p * 1)(ctypes.addressof(self.product))
+        self.address = ctypes.addressof(self.product)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -98,7 +100,11 @@ class FastLinear(nn.Module):
         """(..., in) -> (..., out), in x's dtype."""
         if not are_few(x):
             return self._many(x, KINDS.get(x.dtype))
-        return products(self.addresses, [self.out_features], x)[0]
+        return products([self.of_rows(x.numel() // self.in_features)], x)[0]
+
+    def of_rows(self, count: int) -> list[FastLinear]:
+        """Which one computes each of so many rows."""
+        return [self] * count
 
     def _many(self, x: Tensor, kind: int | None) -> Tensor:
         """Many rows: as the module itself, but for what native.c decodes faster.
@@ -119,30 +125,76 @@ class FastLinear(nn.Module):
         if dtype not in self.scratch or self.scratch[dtype].numel() < size:
             self.scratch[dtype] = torch.empty(size, dtype=dtype)
         W = self.scratch[dtype][:size].view(self.out_features, self.in_features)
-        compiled = library()
-        assert compiled is not None
-        address = self.addresses[0]
-        compiled.decode(address, W.data_ptr(), KINDS[dtype], torch.get_num_threads())
+        threads = torch.get_num_threads()
+        compiled_library().decode(self.address, W.data_ptr(), KINDS[dtype], threads)
         return W
 
 
-class Together:
-    """Linears with one input, in one call of native.c.
+class FastRows(nn.Module):
+    """A MixedLayer: each row by its own adapter, with the bits that it has in a batch of its own.
 
-    gated: two Linears, and silu of the first's output times the second's is what comes out.
+    base: the twin of what the layers are around. twins: the layers' own, by the adapters' names.
     """
 
-    def __init__(self, linears: Sequence[FastLinear], gated: bool = False):
-        self.linears, self.gated = linears, gated
-        self.addresses = (ctypes.c_void_p * len(linears))(*(x.addresses[0] for x in linears))
-        self.widths = [linear.out_features for linear in linears[gated:]]
+    def __init__(self, mixed: MixedLayer, base: nn.Module, twins: dict[str, nn.Module]):
+        super().__init__()
+        self.base, self.rows = base, mixed.rows
+        self.twins = dict(twins)
+        self.plainly = MixedLayer(base, mixed.rows)
+        self.plainly.layers = {
+            name: layer if shares_base(layer) else twins[name]
+            for name, layer in mixed.layers.items()
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (B, ...)."""
+        each = self.each()
+        if all(one is each[0] for one in each):
+            y: Tensor = each[0](x)
+            return y
+        linears = self.of_rows(x.numel() // x.shape[-1]) if are_few(x) else []
+        return products([linears], x)[0] if linears else self.plainly.adapted(x)
+
+    def each(self) -> list[nn.Module]:
+        """What computes each row of the batch."""
+        return [self.twins.get(name or "", self.base) for name in self.rows.names]
+
+    def of_rows(self, count: int) -> list[FastLinear]:
+        """As FastLinear's; nothing where another kind of module is among them."""
+        each = self.each()
+        if all(one is each[0] for one in each):
+            each = each[:1] * count
+        linears = [one for one in each if isinstance(one, FastLinear)]
+        return linears if len(linears) == len(each) == count else []
+
+
+class Together:
+    """Modules with one input, in one call of native.c where all of them are Linears that it knows.
+
+    gated: two modules, and silu of the first's output times the second's is what comes out.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], gated: bool = False):
+        self.modules, self.gated = modules, gated
+        self.are_known = all(isinstance(module, FastLinear | FastRows) for module in modules)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """(..., in) -> each (..., out)."""
-        if are_few(x):
-            return products(self.addresses, self.widths, x, self.gated)
-        found = [linear(x) for linear in self.linears]
-        return [F.silu(found[0]).mul_(found[1])] if self.gated else found
+        few = are_few(x)
+        if few and self.are_known:
+            known: Any = self.modules
+            linears = [module.of_rows(x.numel() // x.shape[-1]) for module in known]
+            if all(linears):
+                return products(linears, x, self.gated)
+        found = [module(x) for module in self.modules]
+        if not self.gated:
+            return found
+        gate, up = found[0].clone(), found[1].contiguous()  # whoever looks on may keep the first
+        if not few or gate.dtype != x.dtype or up.dtype != x.dtype:
+            return [F.silu(gate).mul_(up)]
+        at = gate.data_ptr(), up.data_ptr()
+        compiled_library().gate_in_place(*at, KINDS[x.dtype], gate.numel())
+        return [gate]
 
 
 def are_few(x: Tensor) -> bool:
@@ -150,20 +202,25 @@ def are_few(x: Tensor) -> bool:
     return x.dtype in KINDS and 0 < x.numel() // x.shape[-1] <= MOST_ROWS
 
 
-def products(
-    addresses: ctypes.Array[Any], widths: list[int], x: Tensor, gated: bool = False
-) -> list[Tensor]:
-    """native.c's `products` of these Products: x (..., in) -> (..., width) for each of `widths`."""
-    compiled = library()
-    assert compiled is not None
+def products(linears: Sequence[list[FastLinear]], x: Tensor, gated: bool = False) -> list[Tensor]:
+    """native.c's `products`: x (..., in) -> (..., out) by each of `linears`, one a row of x."""
     x = x.contiguous()
-    ys = [x.new_empty(*x.shape[:-1], width) for width in widths]
-    pointers = (ctypes.c_void_p * len(ys))(*(y.data_ptr() for y in ys))
-    compiled.products(
-        *(addresses, pointers, len(addresses), x.data_ptr(), KINDS[x.dtype]),
-        *(x.numel() // x.shape[-1], gated, torch.get_num_threads()),
+    rows = x.numel() // x.shape[-1]
+    ys = [x.new_empty(*x.shape[:-1], each[0].out_features) for each in linears[gated:]]
+    addresses = [one.address for each in linears for one in each]
+    compiled_library().products(
+        (ctypes.c_void_p * len(addresses))(*addresses),
+        (ctypes.c_void_p * len(ys))(*(y.data_ptr() for y in ys)),
+        *(len(linears), x.data_ptr(), KINDS[x.dtype], rows, gated, torch.get_num_threads()),
     )
     return ys
+
+
+def compiled_library() -> ctypes.CDLL:
+    """native.c's functions, where whoever calls knows that they are there."""
+    found = library()
+    assert found is not None
+    return found
 
 
 class FastNorm(nn.Module):
@@ -173,16 +230,13 @@ class FastNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = norm.weight, norm.eps
         self.offset, self.twice = (0.0, 1) if isinstance(norm, RMSNorm) else (1.0, 0)
-        found = library()
-        assert found is not None
-        self.library = found
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
         assert x.dtype == self.weight.dtype
         x = x.contiguous()
         y, width = torch.empty_like(x), x.shape[-1]
-        self.library.rms_norm(
+        compiled_library().rms_norm(
             *(x.data_ptr(), self.weight.data_ptr(), y.data_ptr(), KINDS[x.dtype]),
             *(x.numel() // width, width, self.eps, self.offset, self.twice),
         )

@@ -1,8 +1,9 @@
 """The model once more for generation: the same tensors, with faster modules around them.
 
     Linear, four-bit QuantizedLinear, LoRALinear around either   -> FastLinear  (products.py)
+    MixedLayer, adapters a row                                   -> FastRows
     RMSNorm, GemmaRMSNorm                                        -> FastNorm
-    LlamaAttention, LlamaMLP around FastLinears                  -> layers.py
+    LlamaAttention, LlamaMLP with silu                           -> layers.py
     int8 QuantizedLinear, an adapter's layer around it           -> RowsApart
     anything else                                                   as it is
 
@@ -32,8 +33,9 @@ from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.adapters.tables import embedding_weight
 from lorax.inference.layers import in_fewer_calls
+from lorax.inference.mixed import MixedLayer
 from lorax.inference.native import KINDS, library, uses_native
-from lorax.inference.products import FastLinear, FastNorm, RowsApart, Scratch, covers
+from lorax.inference.products import FastLinear, FastNorm, FastRows, RowsApart, Scratch, covers
 from lorax.models import Model
 from lorax.models.gemma2 import GemmaRMSNorm
 from lorax.models.llama import RMSNorm
@@ -74,6 +76,9 @@ class _Twins:
     def _make(self, module: nn.Module) -> nn.Module:
         if is_watched(module):
             return module
+        if isinstance(module, MixedLayer):
+            twins = {name: self.of(layer) for name, layer in module.layers.items()}
+            return FastRows(module, self.of(module.base_layer), twins)
         if isinstance(module, AdapterLayer):
             return self._of_adapter(module)
         if self.native and covers(module):
@@ -113,7 +118,8 @@ class _Twins:
             name: None if child is None else self.of(child)
             for name, child in module._modules.items()
         }
-        in_fewer_calls(twin)
+        if self.native:
+            in_fewer_calls(twin)
         return twin
 
 

@@ -40,6 +40,10 @@ class AdaLoRALinear(LoRALinear):
         """(..., in) -> (..., out)."""
         return super().adapted(x) if self.r else self.base_layer(x)
 
+    def path_onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + the path of x; y itself where no rank is left."""
+        return super().path_onto(y, x) if self.r else y
+
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """A * E, (r, in), and B, (out, r), in dtype or their own."""
         A, B = super().factors(dtype)
