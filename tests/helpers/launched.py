@@ -1,4 +1,4 @@
-"""Several processes of one run, by torchrun's own launcher, forked from one that has imported torch.
+"""Several processes of one run, by torchrun's own launcher, forked from one that knows torch.
 
 torchrun as a program starts an interpreter for each process, and each imports torch for seconds.
 """
