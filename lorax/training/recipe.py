@@ -30,11 +30,12 @@ from pydantic import (
 )
 
 from lorax.adapters.config_keys import KEPT, AdapterConfig
-from lorax.adapters.variants import UNKNOWN_STEPS, Variant, methods
-from lorax.errors import AdapterError, FormatError, RecipeError
+from lorax.adapters.variants import UNKNOWN_STEPS, Variant, methods, variant_of
+from lorax.errors import AdapterError, FormatError, PluginError, RecipeError
 from lorax.files import require
 from lorax.formats.toml_files import read_toml
 from lorax.plugins import load_plugin
+from lorax.text import one_line
 from lorax.training.hook_settings import checked_settings
 from lorax.training.hooks import check_hooks
 from lorax.training.refusals import describe
@@ -59,7 +60,7 @@ def _fields(variant: Variant) -> dict[str, Any]:
     config: Any = variant.config
     if config is None:
         return {}
-    types, left_out = get_type_hints(config), variant.not_in_recipes | KEPT
+    types, left_out = get_type_hints(config), variant.not_in_recipes | variant.unused | KEPT
     fields = {}
     for field in dataclasses.fields(config):
         default = field.default
@@ -75,8 +76,20 @@ def _fields(variant: Variant) -> dict[str, Any]:
 
 @cache
 def _table_of(variant: Variant) -> Any:
-    fields: dict[str, Any] = {"method": (Literal[variant.name], variant.name), **_fields(variant)}
-    return create_model(variant.name, __base__=AdapterSection, **fields)
+    """The table of a method.
+
+    Raises:
+        PluginError: a field of its config is of a type that no recipe has.
+    """
+    method: dict[str, Any] = {"method": (Literal[variant.name], variant.name)}
+    try:
+        return create_model(variant.name, __base__=AdapterSection, **method, **_fields(variant))
+    except Exception as error:  # annotations are a plugin's own code
+        raise PluginError(
+            f"variant {variant.name!r}: its config's fields are no keys for a recipe "
+            f"({type(error).__name__}: {one_line(error)}); give them types that TOML has, or name "
+            "them in not_in_recipes"
+        ) from error
 
 
 def adapter_tables() -> dict[str, Any]:
@@ -209,6 +222,8 @@ class Recipe(Section):
             else:
                 made = variant.config(**values)
             made.check_start()
+            if isinstance(variant.layer, type):  # lorax's own look, without torch
+                variant_of(made)
         except AdapterError as error:
             raise RecipeError(f"adapter: {error}") from None
         return made

@@ -78,9 +78,9 @@ def test_the_command_line_gives_them_by_their_paths(folder, tmp_path):
     ("tables", "words"),
     [
         ({}, r"hooks\.every-so-often\.n is missing"),
-        ({"every-so-often": {"n": 1, "shares": 2}}, r"unknown key; did you mean hooks\..*\.share\?"),
+        ({"every-so-often": {"n": 1, "shares": 2}}, r"did you mean hooks\..*\.share\?"),
         ({"every-so-often": {"n": "two"}}, r"hooks\.every-so-often\.n = 'two': input should be a"),
-        ({"every-so-often": {"n": 1}, "evry-so-often": {}}, r"did you mean hooks\.every-so-often\?"),
+        ({"every-so-often": {"n": 1}, "evry-so-often": {}}, r"you mean hooks\.every-so-often\?"),
         ({"every-so-often": {"n": 1}, "other": {}}, r"hooks\.other: train\.hooks does not name it"),
         ({"every-so-often": 3}, r"hooks\.every-so-often = 3: input should be a valid dict"),
         (3, r"hooks = 3: input should be a valid dict"),
@@ -152,7 +152,7 @@ def test_a_constructor_that_fails_or_makes_no_hook_is_one_line(folder, tmp_path)
     assert "\n" not in str(caught.value)
     changed = recipe(folder, tmp_path / "two", **SHORT, **{"train.hooks": ["fails"],
                                                             "hooks.fails.n": 1})  # fmt: skip
-    with pytest.raises(PluginError, match="'fails' is 1; expected a lorax.StepHook"):
+    with pytest.raises(PluginError, match=r"'fails' is 1; expected a lorax\.StepHook"):
         lorax.train(changed)
 
 
