@@ -9,6 +9,7 @@ from oracles import gpt2, llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from peft_pairs import in_peft, plain_name
+from smollm2 import with_few_words
 from transformers import AutoModelForCausalLM
 
 import lorax
@@ -124,9 +125,10 @@ def test_twenty_steps(case, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("use_dora", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_twenty_steps_of_smollm2(use_dora, smollm2_short, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(smollm2_short, dtype=torch.float32)
+    lorax.save_model(with_few_words(lorax.load_model(smollm2_short)), tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
-    compare_runs(get_peft_model(base, config), lorax.load_model(smollm2_short), tmp_path)
+    compare_runs(get_peft_model(base, config), lorax.load_model(tmp_path / "base"), tmp_path)
 
 
 def compare_runs(start, mine, tmp_path, plus=False):
