@@ -109,12 +109,13 @@ def write_peft_directory(
     base: str | None,
     mark: str | None = None,
 ) -> None:
-    """Write tensors under PEFT's names, config and card.
+    """Write adapter_model.safetensors, adapter_config.json and the card, all of them or none.
 
-    base: the base model's name. mark: the fingerprint; without one it loads as a stranger's.
+    tensors: under PEFT's names. base: the base model's name. mark: the fingerprint of that base;
+        without one the directory loads as a stranger's, over any base that fits.
 
     Raises:
-        AdapterError, EnvironmentProblem: as `save_adapter`.
+        AdapterError: a tensor is not finite. EnvironmentProblem: the disk refuses.
     """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
