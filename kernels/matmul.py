@@ -505,7 +505,7 @@ def unfused(
 
 
 def unfused_dx(dy: Tensor, weight: PackedWeight, path: Path | None = None) -> Tensor:
-    """`matmul_dx`, (..., N) -> (..., K), by decoding W into the scratch: one product with all of it.
+    """`matmul_dx`, (..., N) -> (..., K), by one product with all of W, decoded into the scratch.
 
     In chunks of rows, dx would be rounded after each.
     """
