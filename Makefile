@@ -13,7 +13,7 @@ demo: $(READY)
 
 # What CI runs: all but the marks `gpu` and `nightly`, which the last line counts.
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not nightly"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not nightly"
 
 # What a person runs before each commit: under a minute, some of each room. The whole way stands
 # first, so that what is broken through and through says so at once.

@@ -52,15 +52,16 @@ def recipe_page() -> str:
         parts.append(section_table(f"`[{name}]`", section.model_fields, {}))
     parts += adapter_tables()
     parts.append(section_table("`[train]`", recipe.TrainSection.model_fields, {}))
+    parts.append(HOOKS)
     parts.append(section_table("`[runtime]`", recipe.RuntimeSection.model_fields, {}))
     return "\n\n".join(parts) + "\n"
 
 
 RECIPE_HEAD = """# The recipe
 
-A recipe is a TOML file with five tables. Every key is checked; an unknown one is an error that
-names the nearest. On the command line any key can be given by its path, and then wins over the
-file:
+A recipe is a TOML file with five tables, and one for each step hook that has settings. Every key
+is checked; an unknown one is an error that names the nearest. On the command line any key can be
+given by its path, and then wins over the file:
 
 ```sh
 lorax train configs/lora.toml --train.learning_rate 5e-4 --adapter.r 8
@@ -69,6 +70,13 @@ lorax train configs/lora.toml --train.learning_rate 5e-4 --adapter.r 8
 A value there is read as TOML: `--adapter.target_modules '["q_proj", "v_proj"]'`. The recipes in
 [configs/](../configs) are there to start from; `lorax train RECIPE --dry-run` prints the resolved
 one with every default. A default of "-" is a key that is left out."""
+
+
+HOOKS = """## `[hooks.NAME]`
+
+What the step hook NAME takes, one of those that train.hooks names: the parameters of its
+constructor beside the model are the keys, with their types and defaults, and they are as strict as
+all others ([extending.md](extending.md#a-step-hook))."""
 
 
 def adapter_tables() -> Iterator[str]:

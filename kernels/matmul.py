@@ -505,7 +505,7 @@ def unfused(
 
 
 def unfused_dx(dy: Tensor, weight: PackedWeight, path: Path | None = None) -> Tensor:
-    """`matmul_dx` by decoding the whole of W into the scratch, followed by one product.
+    """`matmul_dx`, (..., N) -> (..., K), by one product with all of W, decoded into the scratch.
 
     In chunks of rows, dx would be rounded after each.
     """

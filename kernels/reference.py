@@ -84,20 +84,27 @@ def matmul(
     bias: Tensor | None = None,
     path: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """Twin of matmul.matmul: dequantize, then multiply."""
+    """Twin of matmul.matmul: dequantize, then multiply; y (..., N) in x's dtype.
+
+    x: (..., K). weight: (N, K) in four bits. bias: (N,). path: h (..., r), up (N, r) and s, for
+    s h up^T on top.
+    """
     y = F.linear(x, _dense(weight, x.dtype), bias)
     return _add_path(y, path)
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """Twin of matmul.linear: the gradient is autograd's."""
+    """Twin of matmul.linear, x (..., K) -> (..., N): the gradient is autograd's."""
     return matmul(x, weight, bias)
 
 
 def matmul_dx(
     dy: Tensor, weight: PackedWeight, path: tuple[Tensor, Tensor, float] | None = None
 ) -> Tensor:
-    """Twin of matmul.matmul_dx."""
+    """Twin of matmul.matmul_dx: dy W, (..., N) -> (..., K), in dy's dtype.
+
+    path: h (..., r), up (K, r) and s, for s h up^T on top.
+    """
     return _add_path(dy @ _dense(weight, dy.dtype), path)
 
 

@@ -70,7 +70,7 @@ class TrainingProgress(Listener):
         self._bar.update(self._task, completed=step)
 
     def said(self, text: str) -> None:
-        """Pass it on."""
+        """Show a remark of the run as a line above the bar."""
         self._say(text)
 
     def measured(self, line: Line) -> None:

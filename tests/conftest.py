@@ -142,6 +142,14 @@ def guard():
 
 
 @pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles that the interpreter gets through quickly; a GPU keeps its own."""
+    from kernel_testing import shrink_tiles
+
+    shrink_tiles(monkeypatch)
+
+
+@pytest.fixture
 def r9():
     """Gathers results; at the test's end their errors are held to R9's bound."""
     from kernel_testing import WithinR9

@@ -26,6 +26,7 @@ from importlib import import_module
 from typing import Any
 
 from lorax.adapters.config_keys import AdapterConfig
+from lorax.adapters.unused import check_named, check_unused
 from lorax.errors import AdapterError
 
 # lorax's own files that register something; those of the choices import torch.
@@ -43,9 +44,11 @@ class Variant:
     title: its name for people. summary: of a config, in one line, for the dry run and the card.
     layer, embedding: the AdapterLayer around a Linear and around an Embedding; None: not covered.
     chosen: whether these fields of a config pick it; None for a method.
+    unused: fields of the config, inherited ones mostly, that the layer does not compute with: no
+        keys of a recipe, and refused in a config or a file unless they have their defaults.
 
     In a recipe:
-    not_in_recipes: fields of the config that the run or the model gives, or that it has no use for.
+    not_in_recipes: fields of the config that the run or the model gives.
     from_recipe: (values, optimizer steps) -> config; the config's class by default.
     refuses: a recipe -> why it cannot be run, or None. has_b: whether lora_plus_ratio has a B.
     hook: model -> training's StepHook, what it adds to each step.
@@ -72,6 +75,7 @@ class Variant:
     layer: str | type | None = None
     embedding: str | type | None = None
     chosen: Callable[[Any], bool] | None = None
+    unused: frozenset[str] = frozenset()
     not_in_recipes: frozenset[str] = frozenset()
     from_recipe: Callable[[dict[str, Any], int], AdapterConfig] | None = None
     refuses: Callable[[Any], str | None] | None = None
@@ -111,7 +115,7 @@ def register_variant(variant: Variant) -> None:
 
     Raises:
         AdapterError: its name, or its config's peft_type, is taken by another one; or it lacks a
-            layer or a config.
+            layer or a config, or a field that `unused` names.
     """
     if variant.config is not None and not variant.config.__module__.startswith("lorax."):
         variants()  # lorax's own have their names first
@@ -136,6 +140,7 @@ def register_variant(variant: Variant) -> None:
                 f"variant {variant.name!r}: peft_type {variant.peft_type!r} is {other.name}'s; "
                 "give its config a peft_type of its own"
             )
+    check_named(variant)
     _table[variant.name] = variant
 
 
@@ -156,7 +161,8 @@ def variant_of(config: Any) -> Variant:
     """The variant that a config asks for.
 
     Raises:
-        AdapterError: it is of a class that nobody registered.
+        AdapterError: it is of a class that nobody registered, or a field asks for what the variant
+            does not compute.
     """
     mine = [v for v in variants().values() if v.config is type(config)]
     for variant in reversed(mine):
@@ -164,6 +170,7 @@ def variant_of(config: Any) -> Variant:
             return variant
     for variant in mine:
         if variant.chosen is None:
+            check_unused(config, variant, _table.values())
             return variant
     raise AdapterError(
         f"{type(config).__name__} is the config of no variant; expected one of "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from lorax.cli.options import AS_IT_IS, Json, LocalPath, Opening, Positive
-from lorax.cli.terminal import out, print_json
+from lorax.cli.terminal import print_json, say
 
 
 def evaluate(
@@ -30,27 +30,15 @@ def evaluate(
     data
         A jsonl, json, csv or parquet file, of any kind that training takes.
     """
-    from lorax.adapters.tables import embedding_weight
-    from lorax.data.examples import load_examples
-    from lorax.data.vocabulary import check_vocabulary
-    from lorax.quant.quantize import stored_format
-    from lorax.training.evaluate import evaluate as measure
+    from lorax.training.evaluate import evaluate_file
 
     model, tokenizer = opening.open(path)
-    examples = load_examples(data, tokenizer, max_length)
-    for row in examples.rows:
-        check_vocabulary(row.ids, embedding_weight(model).shape[0], tokenizer)
-    result: dict[str, Any] = measure(model, examples.rows, micro_batch_size, tokenizer.pad_token_id)
-    numbers = str(embedding_weight(model).dtype).removeprefix("torch.")
-    result |= {"rows": len(examples), "tokens": sum(row.tokens for row in examples.rows)}
-    format = stored_format(model)
-    result |= {"base": model.name_or_path, "dtype": numbers, "quantization": format}
+    found = evaluate_file(model, tokenizer, data, max_length, micro_batch_size)
     if json:
-        print_json(result)
-    else:
-        out.print(
-            f"loss {result['eval_loss']:.4f} nats   perplexity {result['eval_perplexity']:.3f}   "
-            f"({result['tokens']} tokens in {result['rows']} rows; base {model.name_or_path} in "
-            f"{numbers}, {format or 'not quantized'})",
-            soft_wrap=True,
-        )
+        print_json(found)
+        return
+    say(
+        f"loss {found['eval_loss']:.4f} nats   perplexity {found['eval_perplexity']:.3f}   "
+        f"({found['tokens']} tokens in {found['rows']} rows; base {found['base']} in "
+        f"{found['dtype']}, {found['quantization'] or 'not quantized'})"
+    )

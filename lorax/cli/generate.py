@@ -72,22 +72,14 @@ def _answer(
     """Print the answer as it is made."""
     from lorax.data.prompts import encode_prompt
     from lorax.inference.generate import stream
+    from lorax.inference.text import as_text
 
     model, tokenizer = opening.open(path)
     ids = encode_prompt(prompt, tokenizer, raw)
-    tokens: list[int] = []
-    shown = ""
-    for token in stream(model, tokenizer, ids, most, *astuple(sampling)):
-        tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # half a character: wait for the rest
-            _show(text[len(shown) :])
-            shown = text
-    _show(tokenizer.decode(tokens, skip_special_tokens=True)[len(shown) :] + "\n")
-
-
-def _show(text: str) -> None:
-    print(visible(text, keep="\n\t") if out.is_terminal else text, end="", flush=True)
+    tokens = stream(model, tokenizer, ids, most, *astuple(sampling))
+    for text in as_text(tokens, tokenizer):
+        print(visible(text, keep="\n\t") if out.is_terminal else text, end="", flush=True)
+    print(flush=True)
 
 
 def _answer_file(

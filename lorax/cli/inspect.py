@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 
 from lorax.cli.options import Json, LocalPath, PlainDtype
 from lorax.cli.overrides import Overrides, read_recipe
-from lorax.cli.terminal import out, print_found, say
+from lorax.cli.terminal import print_found, print_json, say
 from lorax.quant import codebooks
 
 inspect = App(
@@ -48,12 +48,9 @@ def inspect_quantization(
     if plot is not None:
         report.plot(errors, plot)
     if json:
-        print(report.to_json(errors))
+        print_json(report.as_dict(errors))
         return
-    out.print(report.table(errors))
-    if tensors:
-        for line in report.lines(errors):
-            say(line)
+    print_found([report.table(errors), *(report.lines(errors) if tensors else ())])
     if plot is not None:
         say(f"picture  {plot}")
 
@@ -78,10 +75,7 @@ def inspect_adapter(
     from lorax.inspect import adapter as report
 
     found = report.inspect_adapter(path, against)
-    if json:
-        print(report.to_json(found))
-        return
-    out.print(report.table(found))
+    print_found(report.as_dict(found) if json else [report.table(found)])
 
 
 @inspect.command(name="optimizer")
@@ -96,10 +90,7 @@ def inspect_optimizer(path: str, /, *, json: Json = False) -> None:
     from lorax.inspect import optimizer as report
 
     found = report.inspect_optimizer(path)
-    if json:
-        print(report.to_json(found))
-        return
-    print_found(report.parts(found))
+    print_found(found.as_dict() if json else report.parts(found))
 
 
 @inspect.command(name="data")

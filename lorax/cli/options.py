@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -17,11 +17,7 @@ if TYPE_CHECKING:
     from lorax.models import Model
 
 
-def _path(_: Any, tokens: Any) -> Path:
-    return Path(tokens[0].value).expanduser()
-
-
-LocalPath = Annotated[Path, Parameter(converter=_path)]
+LocalPath = Path  # "~" is the home directory: program.py
 BITSANDBYTES_4BIT = names.listed(codebooks.formats(bitsandbytes=True))
 Quantization = Annotated[
     str | None,

@@ -206,8 +206,15 @@ def _segments(row: Row, kind: Kind, tokenizer: Tokenizer, ignores_context: bool)
 def chat_segments(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> list[Segment]:
     """Cut a rendered conversation into what the assistant says and the rest.
 
+    Args:
+        messages: {"role", "content", ...} each; those of "assistant" are what is trained.
+
+    Returns:
+        pieces that together are what the chat template makes of the conversation.
+
     Raises:
-        TemplateError: see `lorax.data.answers.find_answers`.
+        TemplateError: the template fails, leaves out a message, or changes an answer so that its
+            place in the text cannot be found.
     """
     trained = [message["role"] == "assistant" for message in messages]
     return _chat_segments(Conversation(messages, trained), tokenizer)

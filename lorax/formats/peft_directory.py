@@ -109,12 +109,13 @@ def write_peft_directory(
     base: str | None,
     mark: str | None = None,
 ) -> None:
-    """Write tensors under PEFT's names, config and card.
+    """Write adapter_model.safetensors, adapter_config.json and the card, all of them or none.
 
-    base: the base model's name. mark: the fingerprint; without one it loads as a stranger's.
+    tensors: under PEFT's names. base: the base model's name. mark: the fingerprint of that base;
+        without one the directory loads as a stranger's, over any base that fits.
 
     Raises:
-        AdapterError, EnvironmentProblem: as `save_adapter`.
+        AdapterError: a tensor is not finite. EnvironmentProblem: the disk refuses.
     """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -135,9 +136,7 @@ def _peft_config(config: AdapterConfig, base: str | None) -> dict[str, Any]:
     """adapter_config.json's content, in PEFT's order."""
     written: Any = config.for_file(base)
     values: dict[str, Any] = dataclasses.asdict(written)
-    defaults = {each.name: default_of(each) for each in dataclasses.fields(written)}
-    always = _ALWAYS | (set(values) - {each.name for each in dataclasses.fields(LoRAConfig)})
-    values = {key: v for key, v in values.items() if key in always or v != defaults[key]}
+    values = {key: v for key, v in values.items() if key in _ALWAYS or not _is_rest(written, key)}
     for key in ("peft_version", "runtime_config"):
         values.pop(key, None)
     stated = (values.get(key) for key in ("task_type", "auto_mapping"))
@@ -145,6 +144,19 @@ def _peft_config(config: AdapterConfig, base: str | None) -> dict[str, Any]:
     values |= {"base_model_name_or_path": base, "inference_mode": True}
     values |= {"peft_type": written.peft_type, "task_type": task}
     return dict(sorted(values.items()))
+
+
+def _is_rest(config: AdapterConfig, key: str) -> bool:
+    """Whether a field of LoRAConfig says what PEFT takes where its key is not there.
+
+    A plugin's own default for such a field is none: who reads the file may have another one.
+    """
+    fields = {each.name: each for each in dataclasses.fields(LoRAConfig)}
+    if key not in fields:
+        return False
+    own = {each.name: each for each in dataclasses.fields(config)}[key]
+    value, theirs = getattr(config, key), default_of(fields[key])
+    return value == default_of(own) and (value == theirs or not (value or theirs))
 
 
 def _check_types(kind: type[AdapterConfig], values: dict[str, Any], file: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import asdict
+from typing import Any
 
 from rich.table import Table
 
@@ -34,13 +34,13 @@ def inspect_adapter(
     return list(sizes(adapter, other))
 
 
-def to_json(found: list[Size]) -> str:
-    """One JSON object: {"layers": [...], "all": {...}}; an angle to nothing is null."""
+def as_dict(found: list[Size]) -> dict[str, Any]:
+    """{"layers": [...], "all": {...}}; an angle to nothing is None."""
     rows = [
         {key: None if _is_nan(value) else value for key, value in asdict(size).items()}
         for size in found
     ]
-    return json.dumps({"layers": rows[:-1], "all": rows[-1]})
+    return {"layers": rows[:-1], "all": rows[-1]}
 
 
 def table(found: list[Size]) -> Table:

@@ -9,7 +9,6 @@ A checkpoint's directory or a state's file can be given alone; counters are then
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from math import inf
@@ -175,11 +174,6 @@ def add_up(lines: Iterable[dict[str, Any]]) -> PagingCounters:
             setattr(total, name, getattr(total, name) + getattr(now, name) - before)
         total.managed_bytes, last = now.managed_bytes, now
     return total
-
-
-def to_json(report: OptimizerReport) -> str:
-    """Everything, as one JSON object."""
-    return json.dumps(report.as_dict())
 
 
 def parts(report: OptimizerReport) -> Iterator[str | Table]:

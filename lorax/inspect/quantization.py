@@ -7,11 +7,11 @@ the RMS error relative to the tensor's own RMS, and the rows that come off worst
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -175,10 +175,10 @@ def _of(total: Total, errors: Sequence[TensorError]) -> list[TensorError]:
     return [error for error in errors if (error.format, error.block_size) == case]
 
 
-def to_json(errors: Sequence[TensorError]) -> str:
-    """Everything, as one JSON object: {"totals": [...], "tensors": [...]}."""
+def as_dict(errors: Sequence[TensorError]) -> dict[str, Any]:
+    """Everything: {"totals": [...], "tensors": [...]}."""
     tensors = [{**asdict(error), "bits": error.bits} for error in errors]
-    return json.dumps({"totals": [asdict(t) for t in totals(errors)], "tensors": tensors})
+    return {"totals": [asdict(t) for t in totals(errors)], "tensors": tensors}
 
 
 def plot(errors: Sequence[TensorError], path: Path) -> None:

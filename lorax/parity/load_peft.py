@@ -35,7 +35,7 @@ def require_packages(*packages: str) -> None:
 
 
 def peft_versions() -> str:
-    """What a report calls the other side."""
+    """The other side's name in a report: "peft VERSION, transformers VERSION", the installed."""
     return f"peft {version('peft')}, transformers {version('transformers')}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,12 +10,30 @@ from torch import Tensor
 
 from lorax.errors import PluginError
 from lorax.plugins import where_it_failed
-from lorax.training.hooks import Line, StepHook
+from lorax.training.hooks import HookFactory, Line, StepHook
 
 # What a run writes down of a step or an evaluation itself.
 TAKEN = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds"}
 TAKEN |= {"eval_loss", "eval_perplexity", "not_finite"}
 _PLAIN = (bool, int, float, str, type(None))
+
+
+def made(name: str, factory: HookFactory, model: Any, settings: Mapping[str, Any]) -> StepHook:
+    """What the factory makes for a model, adapter included.
+
+    Raises:
+        PluginError: it fails, or makes no StepHook.
+    """
+    try:
+        hook = factory(model, **settings)
+    except Exception as error:  # whatever the user's own code raises
+        raise PluginError(
+            f"step hook {name!r} cannot be made ({where_it_failed(error)}); mend it, or leave it "
+            "out"
+        ) from error
+    if not isinstance(hook, StepHook):
+        raise PluginError(f"step hook {name!r} is {repr(hook)[:80]}; expected a lorax.StepHook")
+    return hook
 
 
 class CheckedHook(StepHook):

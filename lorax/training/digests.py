@@ -39,17 +39,17 @@ class StepDigests:
         self._line: Line = {}
 
     def begin(self, step: int, rows: Sequence[Example]) -> None:
-        """Before the step's first micro-batch."""
+        """Note the step's rows and the random generator's state, before its first micro-batch."""
         ids = json.dumps([[row.ids, row.trained] for row in rows]).encode()
         self._line = {"step": step, "batch": _hex([ids]), "random": of(torch.get_rng_state())}
 
     def gradients(self) -> None:
-        """Behind the last backward, before clipping."""
+        """Note each gradient's digest, behind the last backward and before clipping."""
         found = {name: of(p.grad) for name, p in self._named if p.grad is not None}
         self._line["gradients"] = found
 
     def finish(self) -> None:
-        """Behind the optimizer's step: write the line."""
+        """Note each trained tensor's digest, behind the optimizer's step, and write the line."""
         self._line["parameters"] = {name: of(p) for name, p in self._named}
         self._file.write(self._line)
 

@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from lorax.adapters.tables import embedding_weight
 from lorax.data.batches import micro_batches
-from lorax.data.examples import Example
-from lorax.data.vocabulary import padding_id
+from lorax.data.examples import Example, load_examples
+from lorax.data.tokenizer import Tokenizer
+from lorax.data.vocabulary import check_vocabulary, padding_id
 from lorax.models import Model
+from lorax.quant.quantize import stored_format
 from lorax.training.loss import summed_loss
 from lorax.training.processes import Processes
 
@@ -46,3 +50,33 @@ def evaluate(
     model.train(was_training)
     loss = group.total(total).item() / sum(row.tokens for row in rows)
     return {"eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+
+def evaluate_file(
+    model: Model, tokenizer: Tokenizer, path: Path, max_length: int, micro_batch_size: int
+) -> dict[str, Any]:
+    """`evaluate` on the rows of a file, and what it was that was evaluated.
+
+    Args:
+        path: rows of any kind that training takes; those of more than max_length tokens are cut.
+
+    Returns:
+        {"eval_loss", "eval_perplexity", "rows", "tokens": the trained ones, "base": its name,
+        "dtype": the embedding's, "quantization": the base's, or None}.
+
+    Raises:
+        DataError: the rows cannot be read, or one has a token that the embedding lacks.
+    """
+    examples = load_examples(path, tokenizer, max_length)
+    table = embedding_weight(model)
+    for row in examples.rows:
+        check_vocabulary(row.ids, table.shape[0], tokenizer)
+    found = evaluate(model, examples.rows, micro_batch_size, tokenizer.pad_token_id)
+    return {
+        **found,
+        "rows": len(examples),
+        "tokens": sum(row.tokens for row in examples.rows),
+        "base": model.name_or_path,
+        "dtype": str(table.dtype).removeprefix("torch."),
+        "quantization": stored_format(model),
+    }

@@ -9,6 +9,8 @@
     lorax.register_step_hook("log-norms", LogNorms)
 
 Then a recipe says `train.hooks = ["log-norms"]`, or a program `lorax.train(..., hooks=[LogNorms])`.
+What the constructor takes beside the model, a recipe gives in `[hooks.log-norms]`
+(hook_settings.py), a program with functools.partial.
 What a hook gives stands in metrics.jsonl; what its `state` gives is in every checkpoint.
 """
 
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Line = dict[str, Any]
-HookFactory = Callable[[Any], "StepHook"]  # the model, adapter included -> a hook
+# (the model, adapter included; its settings by name) -> a hook
+HookFactory = Callable[..., "StepHook"]
 
 
 class StepHook:
@@ -111,7 +114,7 @@ _factories: dict[str, HookFactory] = {}
 def register_step_hook(name: str, factory: HookFactory) -> None:
     """Add a hook that recipes can name in train.hooks, in this process.
 
-    factory: model -> StepHook; a class whose constructor takes the model is one.
+    factory: (model, settings by name) -> StepHook; a class whose constructor takes them is one.
 
     Raises:
         RecipeError: the name is taken by another one.
@@ -137,14 +140,31 @@ def check_hooks(names: list[str]) -> None:
             raise RecipeError(f"train.hooks: {name!r} stands there twice; name it once")
 
 
-def with_hooks(
-    own: StepHook, model: Any, names: list[str], others: list[HookFactory | StepHook]
-) -> StepHook:
-    """The method's own hook and those that a recipe names or a program gives; itself if none."""
-    from lorax.training.checked_hook import CheckedHook
+def factory_of(name: str) -> HookFactory:
+    """What makes the hook of that name, which check_hooks has found."""
+    return _factories[name]
 
-    found: dict[str, StepHook] = {name: _factories[name](model) for name in names}
+
+def with_hooks(
+    own: StepHook,
+    model: Any,
+    names: list[str],
+    others: list[HookFactory | StepHook],
+    settings: Mapping[str, Mapping[str, Any]],
+) -> StepHook:
+    """The method's own hook and those that a recipe names or a program gives; itself if none.
+
+    settings: the recipe's [hooks] table.
+    """
+    from lorax.training.checked_hook import CheckedHook, made
+    from lorax.training.hook_settings import typed_settings
+
+    found = {}
+    for name in names:
+        values = typed_settings(name, settings.get(name, {}))
+        found[name] = made(name, _factories[name], model, values)
     for number, other in enumerate(others):
-        found[f"given-{number}"] = other if isinstance(other, StepHook) else other(model)
+        name = f"given-{number}"
+        found[name] = other if isinstance(other, StepHook) else made(name, other, model, {})
     found = {"method": own} | {name: CheckedHook(name, hook) for name, hook in found.items()}
     return own if len(found) == 1 else SeveralHooks(found)

@@ -79,7 +79,8 @@ def set_up(
         add_adapter(model, config, tokenizer)
         _check_saved(model)
     factory = resolved(recipe.variant.hook) or _nothing
-    return with_hooks(factory(model), model, recipe.train.hooks, list(hooks))
+    named = recipe.train.hooks
+    return with_hooks(factory(model), model, named, list(hooks), recipe.hooks or {})
 
 
 def _check_saved(model: Model) -> None:

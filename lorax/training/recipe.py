@@ -5,6 +5,7 @@
     [adapter]  method = "lora", or another that is registered, and that method's fields
     [data]     which rows, and how long
     [train]    how long, how fast, where to
+    [hooks.x]  what the step hook x takes, of those that train.hooks names
     [runtime]  what the command sets for its process
 
 Every key is checked; an unknown one is an error that names the nearest. Any key can be overridden
@@ -15,9 +16,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -30,12 +30,15 @@ from pydantic import (
 )
 
 from lorax.adapters.config_keys import KEPT, AdapterConfig
-from lorax.adapters.variants import UNKNOWN_STEPS, Variant, methods
-from lorax.errors import AdapterError, FormatError, RecipeError
+from lorax.adapters.variants import UNKNOWN_STEPS, Variant, methods, variant_of
+from lorax.errors import AdapterError, FormatError, PluginError, RecipeError
 from lorax.files import require
 from lorax.formats.toml_files import read_toml
 from lorax.plugins import load_plugin
+from lorax.text import one_line
+from lorax.training.hook_settings import checked_settings
 from lorax.training.hooks import check_hooks
+from lorax.training.refusals import describe
 from lorax.training.sections import (
     DataSection,
     LocalPath,
@@ -57,7 +60,7 @@ def _fields(variant: Variant) -> dict[str, Any]:
     config: Any = variant.config
     if config is None:
         return {}
-    types, left_out = get_type_hints(config), variant.not_in_recipes | KEPT
+    types, left_out = get_type_hints(config), variant.not_in_recipes | variant.unused | KEPT
     fields = {}
     for field in dataclasses.fields(config):
         default = field.default
@@ -73,8 +76,20 @@ def _fields(variant: Variant) -> dict[str, Any]:
 
 @cache
 def _table_of(variant: Variant) -> Any:
-    fields: dict[str, Any] = {"method": (Literal[variant.name], variant.name), **_fields(variant)}
-    return create_model(variant.name, __base__=AdapterSection, **fields)
+    """The table of a method.
+
+    Raises:
+        PluginError: a field of its config is of a type that no recipe has.
+    """
+    method: dict[str, Any] = {"method": (Literal[variant.name], variant.name)}
+    try:
+        return create_model(variant.name, __base__=AdapterSection, **method, **_fields(variant))
+    except Exception as error:  # annotations are a plugin's own code
+        raise PluginError(
+            f"variant {variant.name!r}: its config's fields are no keys for a recipe "
+            f"({type(error).__name__}: {one_line(error)}); give them types that TOML has, or name "
+            "them in not_in_recipes"
+        ) from error
 
 
 def adapter_tables() -> dict[str, Any]:
@@ -99,7 +114,8 @@ def _as_adapter(value: Any) -> Any:
     try:
         return tables[method].model_validate(value)
     except ValidationError as error:
-        raise RecipeError(_describe(error, method)) from None
+        belongs = partial(_method_of, method=method)
+        raise RecipeError(describe(error, tables[method], ("adapter",), belongs)) from None
 
 
 class Recipe(Section):
@@ -113,6 +129,9 @@ class Recipe(Section):
     adapter: SerializeAsAny[AdapterSection] = Field(default_factory=lambda: _as_adapter({}))
     data: DataSection
     train: TrainSection
+    hooks: dict[str, dict[str, Any]] | None = Field(
+        None, description="A table for each step hook: what it takes beside the model."
+    )
     runtime: RuntimeSection = RuntimeSection.model_validate({})
 
     @staticmethod
@@ -164,10 +183,13 @@ class Recipe(Section):
             if "adapter" in merged:
                 merged["adapter"] = _as_adapter(merged["adapter"])
             recipe = Recipe.model_validate(merged)
+            check_hooks(recipe.train.hooks)
+            settings = checked_settings(recipe.hooks or {}, recipe.train.hooks)
+            recipe = recipe.model_copy(update={"hooks": settings or None})
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
         except ValidationError as error:
-            raise RecipeError(f"{where}: {_describe(error)}") from None
+            raise RecipeError(f"{where}: {describe(error, Recipe)}") from None
         recipe._check_sense(where)
         return recipe
 
@@ -200,6 +222,8 @@ class Recipe(Section):
             else:
                 made = variant.config(**values)
             made.check_start()
+            if isinstance(variant.layer, type):  # lorax's own look, without torch
+                variant_of(made)
         except AdapterError as error:
             raise RecipeError(f"adapter: {error}") from None
         return made
@@ -211,10 +235,6 @@ class Recipe(Section):
     def _check_sense(self, where: str) -> None:
         try:  # the run's length is known once its rows are; until then let there be time enough
             self.adapter_config(self.train.max_steps or UNKNOWN_STEPS)
-        except RecipeError as error:
-            raise RecipeError(f"{where}: {error}") from None
-        try:
-            check_hooks(self.train.hooks)
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
         refuses = self.variant.refuses
@@ -274,40 +294,9 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _describe(error: ValidationError, method: str | None = None) -> str:
-    """One thing that is wrong, in one line; an unknown key first, with its nearest neighbour.
-
-    method: where the error is one of that method's [adapter].
-    """
-    errors = error.errors()
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    place = [str(part) for part in first["loc"]]
-    if method is not None:
-        place = ["adapter", *place]
-    key = ".".join(place)
-    if first["type"] == "extra_forbidden":
-        known = _keys(place[:-1], method)
-        others = [
-            name for name, table in adapter_tables().items() if place[-1] in table.model_fields
-        ]
-        if method is not None and others:
-            takes = ", ".join(sorted(set(known) - {"method"})) or "nothing else"
-            return (
-                f"{key} belongs to method {' and '.join(others)}; "
-                f"adapter.method = {method!r} takes {takes}"
-            )
-        near = difflib.get_close_matches(place[-1], known, 1)
-        hint = f"did you mean {'.'.join([*place[:-1], near[0]])}?" if near else f"known: {known}"
-        return f"{key} is an unknown key; {hint}"
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    if len(place) > 2:  # pydantic names the member of a union too
-        key = ".".join(place[:2])
-    return f"{key} = {repr(first['input'])[:80]}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _keys(place: list[str], method: str | None) -> list[str]:
-    section: Any = Recipe if method is None else adapter_tables()[method]
-    for part in place if method is None else ():
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
+def _method_of(key: str, known: list[str], method: str) -> str | None:
+    """Which methods have the key that this one lacks, and what this one takes; None: none has."""
+    others = [name for name, table in adapter_tables().items() if key in table.model_fields]
+    takes = ", ".join(sorted(set(known) - {"method"})) or "nothing else"
+    belongs = f"belongs to method {' and '.join(others)}; "
+    return f"{belongs}adapter.method = {method!r} takes {takes}" if others else None

@@ -309,7 +309,6 @@ def compare_runs(theirs, mine, tmp_path, logits=FLOAT32):
     eager = copy.deepcopy(theirs)
     eager.set_attn_implementation("eager")
     theirs.set_attn_implementation("sdpa")
-    other_way = train_theirs(eager)[2]
     expected_losses, expected_masks, expected_weights = train_theirs(theirs)
     losses, masks, weights = train_ours(mine)
     assert masks == expected_masks
@@ -317,10 +316,11 @@ def compare_runs(theirs, mine, tmp_path, logits=FLOAT32):
     assert len({json.dumps(mask) for mask in masks}) >= 3  # they did change on the way
     for ours, others in zip(losses, expected_losses, strict=True):
         assert abs(ours - others) <= 1e-5 * abs(others)
-    noise = largest_relative(other_way, expected_weights)
     error = largest_relative(weights, expected_weights)
-    print(f"weights differ by {error:.1e}; PEFT's two attentions by {noise:.1e}")
-    assert error <= max(1e-5, 4 * noise)
+    if error > 1e-5:
+        noise = largest_relative(train_theirs(eager)[2], expected_weights)
+        print(f"weights differ by {error:.1e}; PEFT's two attentions by {noise:.1e}")
+        assert error <= 4 * noise
     assert len({sum(mask) for mask in masks[-1].values()}) > 1
     lorax.save_adapter(mine, tmp_path / "trained")
     theirs.save_pretrained(tmp_path / "theirs")

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ if importlib.util.find_spec("lorax.kernels") is None:  # a bare GPU machine: lor
     sys.modules["lorax.kernels"] = module
     spec.loader.exec_module(module)
 
-from lorax.kernels import launch, reference  # noqa: E402
+from lorax.kernels import launch, reference, tuning  # noqa: E402
 from lorax.kernels.weight import PackedWeight  # noqa: E402
 from lorax.quant import codebooks  # noqa: E402
 from lorax.quant.dynamic_map import dynamic_map  # noqa: E402
@@ -68,6 +69,15 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter._convert_float = _convert
     interpreter.InterpreterBuilder.create_dot = _create_dot_of_values
+
+# In the interpreter, which pays for a tile's whole size; a GPU keeps its own tiles.
+ROWS = 32  # of W a program
+STEP = 256  # of K, for the vector kernel
+
+# Numbers of blocks in a row: all that a step of the vector kernel can be left with (4 blocks
+# each), around 16 and 32, and many; the others behave as one of these, and come in `make nightly`.
+FEW_BLOCKS = (*range(1, 10), 15, 16, 17, 31, 32, 33, 40)
+MORE_BLOCKS = tuple(sorted(set(range(1, 41)) - set(FEW_BLOCKS)))
 
 GUARD_BYTES = 256
 POISON = 0xFF  # a NaN in every floating dtype, the last code in a byte
@@ -120,6 +130,15 @@ def guarded():
     finally:
         launch._allocate = before
     guard.check()
+
+
+def shrink_tiles(monkeypatch):
+    """Smaller tiles and at most two splits, where the interpreter runs the kernels."""
+    if DEVICE == "cpu":
+        skinny, vector = tuning.skinny(90), tuning.vector(90)
+        monkeypatch.setitem(tuning._SKINNY, 90, replace(skinny, rows=ROWS))
+        monkeypatch.setitem(tuning._VECTOR, 90, replace(vector, step=STEP))
+        monkeypatch.setattr(tuning, "splits", lambda gpu, tiles, steps: min(2, max(1, steps)))
 
 
 def random(*shape, dtype=torch.float32, seed=0, scale=1.0):

@@ -14,7 +14,7 @@ import pytest
 from lorax.errors import LoraxError
 
 # `make nightly` asks for 5,000 of each kind.
-MUTATIONS = int(os.environ.get("LORAX_MUTATIONS", "300"))
+MUTATIONS = int(os.environ.get("LORAX_MUTATIONS", "200"))
 MAX_SECONDS, MAX_MEGABYTES = 1.0, 512
 
 SCRAPS = [

@@ -38,7 +38,7 @@ def truth(x, W, bias, A, B, scaling):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 64, 65])
-def test_outputs_and_gradients(guard, r9, M, dtype):
+def test_outputs_and_gradients(guard, r9, small_tiles, M, dtype):
     """65 lies beyond the crossover: the base product and the path are cuBLAS there.
 
     The errors of dB are those of h, M * r numbers: a small M is drawn several times.
@@ -80,7 +80,7 @@ def test_down_and_cross_over_ragged_shapes(guard, r9, dtype):
 
 @pytest.mark.parametrize("rank", [33, 65, 128])
 @pytest.mark.parametrize("M", [1, 5])
-def test_a_path_wider_than_a_tile_of_ranks(guard, r9, M, rank):
+def test_a_path_wider_than_a_tile_of_ranks(guard, r9, small_tiles, M, rank):
     """In every kernel that multiplies with the path, forward and backward."""
     for seed in range(1 if M > 1 else 3):
         weight, leaves, bias = make_case(guard, M, r=rank, seed=20 * seed)

@@ -1,6 +1,5 @@
 """Products with a four-bit weight: the fused kernels' error against float64, within R9's bound."""
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,6 +7,10 @@ import torch
 from kernel_testing import (
     DEVICE,
     DTYPES,
+    FEW_BLOCKS,
+    MORE_BLOCKS,
+    ROWS,
+    STEP,
     fp4,
     make_weight,
     random,
@@ -15,19 +18,7 @@ from kernel_testing import (
 
 from lorax.kernels import launch, matmul, reference, tuning
 
-ROWS = 32  # of W a program
-STEP = 256  # of K, for the vector kernel
 WIDTH = tuning.backward(90).columns
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """In the interpreter, which pays for a tile's whole size; a GPU keeps its own tiles."""
-    if DEVICE == "cpu":
-        skinny, vector = tuning.skinny(90), tuning.vector(90)
-        monkeypatch.setitem(tuning._SKINNY, 90, replace(skinny, rows=ROWS))
-        monkeypatch.setitem(tuning._VECTOR, 90, replace(vector, step=STEP))
-        monkeypatch.setattr(tuning, "splits", lambda gpu, tiles, steps: min(2, max(1, steps)))
 
 
 def dense(weight):
@@ -58,16 +49,33 @@ def make_path(guard, M, width, dtype, r=5):
 
 
 @pytest.mark.parametrize("M", [1, 3])
-def test_product_for_1_to_40_blocks(guard, r9, small_tiles, M):
-    for blocks in range(1, 41):
+@pytest.mark.parametrize(
+    "counts", [FEW_BLOCKS, pytest.param(MORE_BLOCKS, marks=pytest.mark.nightly)], ids=len
+)
+def test_product_for_1_to_40_blocks(guard, r9, small_tiles, M, counts):
+    for blocks in counts:
         weight = make_weight(guard, (5, 64 * blocks), seed=blocks)
         x = guard.copy(random(M, 64 * blocks, dtype=torch.bfloat16, seed=blocks))
         check_product(r9, weight, x)
 
 
+# Around a program's 8 rows; less than a step of K, and around two of them.
+VECTOR_ROWS, VECTOR_COLUMNS = (1, 7, 8, 9, 33), (64, 2 * STEP - 64, 2 * STEP, 2 * STEP + 64)
+ALL_SIZES = list(product(VECTOR_ROWS, VECTOR_COLUMNS))
+# Each number of rows and each of columns, ragged ones together; the other pairs by night.
+EACH_SIZE = [(1, 64), (7, 2 * STEP - 64), (8, 2 * STEP), (9, 2 * STEP + 64), (33, 64)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_vector_kernel(guard, r9, small_tiles, dtype):
-    for N, K in product((1, 7, 8, 9, 33), (64, 2 * STEP - 64, 2 * STEP, 2 * STEP + 64)):
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(EACH_SIZE, id="each"),
+        pytest.param(ALL_SIZES, id="all", marks=pytest.mark.nightly),
+    ],
+)
+def test_vector_kernel(guard, r9, small_tiles, dtype, sizes):
+    for N, K in sizes:
         weight = make_weight(guard, (N, K))
         x = guard.copy(random(1, K, dtype=dtype, seed=1))
         bias = guard.copy(random(N, dtype=dtype, seed=2))
@@ -111,11 +119,12 @@ def test_backward_kernel(guard, r9, small_tiles, M, dtype):
 @pytest.mark.parametrize("block_size", [32, 128, 512, 4096])
 def test_other_blocks_fp4_and_plain_scales(guard, r9, small_tiles, block_size):
     for nested in (True, False):
-        weight = make_weight(guard, (33, max(block_size, 96)), fp4(), block_size, nested)
+        rows = 33 if block_size < 4096 else 9  # a block of 4096 is as long as all else together
+        weight = make_weight(guard, (rows, max(block_size, 96)), fp4(), block_size, nested)
         for M in (1, 5):
             x = random(M, weight.shape[1], dtype=torch.bfloat16, seed=M)
             check_product(r9, weight, guard.copy(x))
-        check_dx(r9, weight, guard.copy(random(5, 33, dtype=torch.bfloat16)))
+        check_dx(r9, weight, guard.copy(random(5, rows, dtype=torch.bfloat16)))
 
 
 def chunks_of_64(rows):

@@ -5,6 +5,8 @@ import torch
 from kernel_testing import (
     DEVICE,
     DTYPES,
+    FEW_BLOCKS,
+    MORE_BLOCKS,
     fp4,
     nf4,
     random,
@@ -29,8 +31,11 @@ def assert_bit_equal(found, expected):
         assert torch.equal(mine.view(torch.uint8), its.view(torch.uint8))
 
 
-def test_four_bits_for_1_to_40_blocks(guard):
-    for blocks in range(1, 41):
+@pytest.mark.parametrize(
+    "counts", [FEW_BLOCKS, pytest.param(MORE_BLOCKS, marks=pytest.mark.nightly)], ids=len
+)
+def test_four_bits_for_1_to_40_blocks(guard, counts):
+    for blocks in counts:
         sizes = (64 * blocks - 1, 64 * blocks, 64 * blocks + 1)
         for n, dtype in zip(sizes, rotated(DTYPES, blocks), strict=True):
             x = guard.copy(random(n, dtype=dtype, seed=n))

@@ -76,7 +76,7 @@ def test_100_steps_of_smollm2_against_32bit_adamw():
     assert optimizer.state_bytes() / parameters < 2.04
 
 
-def metrics_of_a_run(directory, name, **train):
+def metrics_of_a_run(model, directory, name, **train):
     data = directory / "data.jsonl"
     data.write_text(
         "".join(
@@ -85,7 +85,7 @@ def metrics_of_a_run(directory, name, **train):
     )
     recipe = lorax.Recipe.from_dict(
         {
-            "model": {"path": smollm2_path(), "dtype": "float32"},
+            "model": {"path": model, "dtype": "float32"},
             "adapter": {"r": 4, "target_modules": ["q_proj"]},
             "data": {"path": str(data), "max_length": 64},
             "train": {
@@ -103,15 +103,12 @@ def metrics_of_a_run(directory, name, **train):
 
 
 @pytest.mark.slow
-def test_runs_by_name_of_the_optimizer(tmp_path):
+def test_runs_by_name_of_the_optimizer(smollm2_short, tmp_path):
     """Paged and LoRA+ with ratio 1 are the same run as adamw; 8 bits and ratio 16 are not."""
-    try:
-        smollm2_path()
-    except EnvironmentProblem as problem:
-        pytest.skip(str(problem))
-    plain = metrics_of_a_run(tmp_path, "adamw")
-    paged = metrics_of_a_run(tmp_path, "p", optimizer="paged-adamw", lora_plus_ratio=1.0)
-    narrow = metrics_of_a_run(tmp_path, "n", optimizer="paged-adamw-8bit", lora_plus_ratio=16.0)
+    place = (smollm2_short, tmp_path)
+    plain = metrics_of_a_run(*place, "adamw")
+    paged = metrics_of_a_run(*place, "p", optimizer="paged-adamw", lora_plus_ratio=1.0)
+    narrow = metrics_of_a_run(*place, "n", optimizer="paged-adamw-8bit", lora_plus_ratio=16.0)
     assert len(plain) == 3
     assert paged == plain
     assert narrow[0] == plain[0]  # the first line is written before anything has moved

@@ -108,7 +108,7 @@ lorax.register_variant(
         in_peft=True,
         summary=lambda config: f"VeRA of rank {config.r}, seed {config.projection_prng_key}",
         layer=VeRALinear,
-        not_in_recipes=frozenset(
+        unused=frozenset(
             {"save_projection", "lora_alpha", "use_rslora", "use_dora", "lora_bias",
              "init_lora_weights", "loftq_config", "rank_pattern", "alpha_pattern"}
         ),

@@ -85,7 +85,7 @@ def test_as_bitsandbytes_linear4bit_under_fullgraph(quant_type, nested):
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-dq", "int8", "int4-affine", None])
 def test_a_model_with_an_adapter_compiles_in_one_graph(tmp_path, quantization):
-    llama().save_pretrained(tmp_path / "model")
+    llama(num_hidden_layers=2).save_pretrained(tmp_path / "model")
     model = lorax.load_model(tmp_path / "model", quantization=quantization)
     config = lorax.LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     lorax.add_adapter(model, config)

@@ -4,6 +4,7 @@ import ast
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import in_a_fork
 from mutating import MUTATIONS, refused_mutations
 from safetensors.torch import save_file
 from tiny_tokenizer import CHATML, byte_tokenizer
@@ -819,20 +821,20 @@ def test_a_failure_while_moving_leaves_the_old_content(
     assert [p.name for p in tmp_path.iterdir()] in (["x"], [])
 
 
-FULL_DISK = """
-import resource, sys
-import torch, lorax
-model = lorax.load_model(sys.argv[1])
-lorax.add_adapter(model, lorax.LoRAConfig(r=64))
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-for save in (lorax.save_adapter, lorax.save_model):
-    if save is lorax.save_model:
-        model = lorax.unload_adapter(model) or model
-    try:
-        save(model, sys.argv[2] if save is lorax.save_adapter else sys.argv[2] + "-model")
-    except lorax.errors.EnvironmentProblem as error:
-        print("refused", error.exit_code)
-"""
+def saved_on_a_full_disk(base, adapter, limit):
+    """What saving an adapter and a model says where no file may have more than `limit` bytes."""
+    model = lorax.load_model(base)
+    lorax.add_adapter(model, lorax.LoRAConfig(r=64))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    codes = []
+    for save, path in ((lorax.save_adapter, adapter), (lorax.save_model, f"{adapter}-model")):
+        if save is lorax.save_model:
+            model = lorax.unload_adapter(model) or model
+        try:
+            save(model, path)
+        except EnvironmentProblem as error:
+            codes.append(error.exit_code)
+    return codes
 
 
 @pytest.mark.parametrize("limit", [0, 1000])
@@ -841,21 +843,8 @@ def test_a_full_disk_is_an_error_of_the_environment_and_the_old_adapter_stays(
 ):
     shutil.copytree(good / "adapter", tmp_path / "adapter")
     before = listing(tmp_path)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import lorax.errors\n" + FULL_DISK,
-            good / "base",
-            tmp_path / "adapter",
-            str(limit),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:2] == ["refused 3", "refused 3"]
+    codes = in_a_fork(lambda: saved_on_a_full_disk(good / "base", tmp_path / "adapter", limit))
+    assert codes == [3, 3]
     assert listing(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 

@@ -1,4 +1,8 @@
-"""torchrun with 2 and 4 processes on a CPU: one process's run, shared out."""
+"""torchrun with 2 and 4 processes on a CPU: one process's run, shared out.
+
+torchrun as a program takes Ctrl-C below; the other runs come from its launcher (launched.py), which
+gives each process the same environment.
+"""
 
 import json
 import os
@@ -10,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launched import launch_lorax
 from runs import make_folder, recipe
 from safetensors.torch import load_file
 
@@ -23,16 +28,9 @@ from lorax.training.processes import Processes
 ADAPTER = {"r": 4, "target_modules": "all-linear"}
 
 
-def torchrun(count, path, *more, fails=False):
+def launched(count, path, *more, fails=False):
     """Train a recipe in so many processes; what they printed."""
-    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "lorax"]
-    done = subprocess.run(
-        [sys.executable, *start, "train", path, *more],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    done = launch_lorax(count, "train", path, *more)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
 
@@ -89,7 +87,7 @@ def alone(folder):
 @several
 def test_two_processes_then_four_from_their_checkpoint(folder, alone):
     path = written(folder, "shared")
-    said = torchrun(2, path, "--train.nan_policy", "rollback", "--train.keep_checkpoints", "9")
+    said = launched(2, path, "--train.nan_policy", "rollback", "--train.keep_checkpoints", "9")
     assert said.stdout.count("held-out loss") == 3  # one process speaks
     assert said.stdout.count(f"adapter  {folder / 'shared' / 'adapter'}") == 1
     same_within_rounding(alone, folder / "shared")
@@ -103,7 +101,7 @@ def test_two_processes_then_four_from_their_checkpoint(folder, alone):
     for file in (run / "adapter").glob("*"):  # ... without a result
         file.unlink()
     (run / "adapter").rmdir()
-    said = torchrun(4, run / "config.toml", "--resume", "--train.parallel", "fsdp")
+    said = launched(4, run / "config.toml", "--resume", "--train.parallel", "fsdp")
     assert "step     3" in said.stdout
     assert "step     2  loss" not in said.stdout
     same_within_rounding(alone, run)
@@ -121,7 +119,7 @@ def test_a_sharded_quantized_base(folder, quantization):
     whole = lorax.train(lorax.Recipe.load(path)).output_dir
     name = f"parts-{quantization}"
     more |= {"train.parallel": "fsdp"}
-    torchrun(2, written(folder, name, dora, **more))
+    launched(2, written(folder, name, dora, **more))
     same_within_rounding(whole, folder / name)
 
 
@@ -151,7 +149,7 @@ def test_ctrl_c_saves_a_checkpoint_although_everybody_tells_everybody(folder):
 @several
 def test_an_error_of_all_is_said_once(folder):
     path = written(folder, "refused", **{"data.path": str(folder / "nothing.jsonl")})
-    said = torchrun(2, path, fails=True)
+    said = launched(2, path, fails=True)
     (line,) = [line for line in said.stderr.splitlines() if line.startswith("error: ")]
     assert "nothing.jsonl: cannot be read" in line
 
@@ -160,7 +158,7 @@ def test_an_error_of_all_is_said_once(folder):
 def test_packed_rows(folder):
     more = {"data.packing": True, "data.max_length": 32, "train.max_steps": 3}
     whole = lorax.train(lorax.Recipe.load(written(folder, "packed", **more))).output_dir
-    torchrun(2, written(folder, "packed-by-two", **more))
+    launched(2, written(folder, "packed-by-two", **more))
     same_within_rounding(whole, folder / "packed-by-two")
 
 

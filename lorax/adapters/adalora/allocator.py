@@ -116,7 +116,7 @@ class RankAllocator:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """How many ranks each layer has now."""
+        """{layer's path: the ranks that it has now}, of init_r at first."""
         if self.masks is None:
             return {name: layer.r for name, layer in self._layers.items()}
         return {name: sum(mask) for name, mask in self.masks.items()}

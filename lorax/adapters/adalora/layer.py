@@ -19,7 +19,8 @@ from lorax.adapters.lora import LoRALinear
 class AdaLoRALinear(LoRALinear):
     """A frozen Linear with a path B diag(E) A whose ranks can be taken away, down to none.
 
-    Args: as `LoRALinear`'s; r may be 0, and the layer then is its base.
+    lora_A (r, in), lora_E (r, 1), lora_B (out, r), all float32 and trained. r may be 0, and the
+    layer then is its base. base, scaling, dropout: as `LoRALinear` has them.
     """
 
     def __init__(self, base: nn.Module, r: int, scaling: float, dropout: float = 0.0):
