@@ -7,6 +7,7 @@ path takes them as they are now, and else calls the plain one:
     LlamaMLP          mlp.py
     LlamaAttention    projections.py for q, k and v together, and attention.py
     RMSNorm           norm.py
+    LlamaModel        lorax/training/gpu: a whole layer at once, on CUDA
     the model         head.py, which the loss asks for
 
 An instance's method goes before its class's, so nothing of the model has to know. A copy of the
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.models.attention import Context
-from lorax.models.llama import LlamaAttention, LlamaMLP, RMSNorm, Rope
+from lorax.models.llama import LlamaAttention, LlamaMLP, LlamaModel, RMSNorm, Rope
 from lorax.models.packed import Documents
 from lorax.models.watched import is_watched
 from lorax.training.fast.attention import causal_attention, is_faster
@@ -35,17 +36,20 @@ from lorax.training.fast.mlp import swiglu_mlp
 from lorax.training.fast.norm import rms_norm
 from lorax.training.fast.parts import Part, part_of, takes
 from lorax.training.fast.projections import project
+from lorax.training.gpu import known
+from lorax.training.gpu.layer import run_layer
+from lorax.training.gpu.seeds import begin_pass, seed_of
 
 
 @contextmanager
 def accelerated(model: Any, on: bool = True) -> Iterator[None]:
     """The fast path inside, where a module is known to it; on = False changes nothing.
 
-    model: with its adapter, on any device: tensors that are not on a CPU go the plain way. Modules
-        that are put in later, and watched ones (lorax/models/watched.py), stay plain.
+    model: with its adapter, on any device. Modules that are put in later, and watched ones
+        (lorax/models/watched.py), stay plain.
     """
-    known = [m for m in model.modules() if on and type(m) in _METHODS and not is_watched(m)]
-    for module in known:
+    modules = [m for m in model.modules() if on and type(m) in _METHODS and not is_watched(m)]
+    for module in modules:
         for method in _METHODS[type(module)]:
             setattr(module, method.__name__, MethodType(method, module))
     if on:
@@ -55,7 +59,7 @@ def accelerated(model: Any, on: bool = True) -> Iterator[None]:
     finally:
         if on:
             del model.head_loss
-        for module in known:
+        for module in modules:
             for method in _METHODS[type(module)]:
                 delattr(module, method.__name__)
 
@@ -103,11 +107,25 @@ class _RMSNorm:
         return rms_norm(x, self.weight, self.eps)
 
 
+class _LlamaModel:
+    @staticmethod
+    def run(self: LlamaModel, layer: nn.Module, *inputs: Any) -> Tensor:
+        if not known.kernels_for_step(inputs[0]):
+            return LlamaModel.run(self, layer, *inputs)
+        if layer is self.layers[0]:
+            begin_pass(self, inputs[0].device)
+        halves = known.halves_of(layer, *inputs, seed_of(self))
+        if halves is None:
+            return LlamaModel.run(self, layer, *inputs)
+        return run_layer(inputs[0], *halves, self.gradient_checkpointing)
+
+
 _METHODS: dict[type[nn.Module], list[Callable[..., Any]]] = {
     LoRALinear: [_LoRALinear.forward],
     LlamaMLP: [_LlamaMLP.forward],
     LlamaAttention: [_LlamaAttention.project, _LlamaAttention.forward],
     RMSNorm: [_RMSNorm.forward],
+    LlamaModel: [_LlamaModel.run],
 }
 
 
