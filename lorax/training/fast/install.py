@@ -8,7 +8,7 @@ path takes them as they are now, and else calls the plain one:
     LlamaAttention    projections.py for q, k and v together, and attention.py
     RMSNorm           norm.py
     LlamaModel        lorax/training/gpu: a whole layer at once, on CUDA
-    the model         head.py, which the loss asks for
+    the model         head.py, which the loss asks for; on CUDA, graphs of whole steps
 
 An instance's method goes before its class's, so nothing of the model has to know. A copy of the
 model has methods that are bound to the copy, and a pickled one has the plain ones.
@@ -37,8 +37,9 @@ from lorax.training.fast.norm import rms_norm
 from lorax.training.fast.parts import Part, part_of, takes
 from lorax.training.fast.projections import project
 from lorax.training.gpu import known
+from lorax.training.gpu.graphs import step_graphs
 from lorax.training.gpu.layer import run_layer
-from lorax.training.gpu.seeds import begin_pass, seed_of
+from lorax.training.gpu.seeds import begin_pass, seed_of, took
 
 
 @contextmanager
@@ -54,11 +55,12 @@ def accelerated(model: Any, on: bool = True) -> Iterator[None]:
             setattr(module, method.__name__, MethodType(method, module))
     if on:
         model.head_loss = fast_head_loss
+        model.step_graphs = step_graphs(model)
     try:
         yield
     finally:
         if on:
-            del model.head_loss
+            del model.head_loss, model.step_graphs
         for module in modules:
             for method in _METHODS[type(module)]:
                 delattr(module, method.__name__)
@@ -117,6 +119,7 @@ class _LlamaModel:
         halves = known.halves_of(layer, *inputs, seed_of(self))
         if halves is None:
             return LlamaModel.run(self, layer, *inputs)
+        took(self, layer)
         return run_layer(inputs[0], *halves, self.gradient_checkpointing)
 
 

@@ -1,5 +1,6 @@
-"""The seed of a pass's dropout, one for all its layers: an int64 in the device's memory.
+"""What belongs to a pass through all layers: the seed of its dropout, and which layers it took.
 
+The seed is one for all layers, an int64 in the device's memory.
 It is drawn from torch's generator of the CPU, so `torch.manual_seed` decides about it and a resumed
 run draws what it would have drawn. A captured graph reads a seed that stays in its place and is
 written before each replay (graphs.py holds it).
@@ -18,6 +19,7 @@ from lorax.training.gpu.known import drops
 
 _seeds: WeakKeyDictionary[nn.Module, Tensor | None] = WeakKeyDictionary()
 _held: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+_counts: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
 
 def begin_pass(body: nn.Module, device: torch.device) -> None:
@@ -46,3 +48,19 @@ def held(body: nn.Module, seed: Tensor) -> Iterator[None]:
         yield
     finally:
         del _held[body]
+
+
+def took(body: nn.Module, layer: nn.Module) -> None:
+    """The hand-written step computes this layer, in the pass that has begun."""
+    if body in _counts:
+        _counts[body].append(layer)
+
+
+@contextmanager
+def counted(body: nn.Module) -> Iterator[list[nn.Module]]:
+    """The layers that the hand-written step computes inside."""
+    _counts[body] = []
+    try:
+        yield _counts[body]
+    finally:
+        del _counts[body]
