@@ -47,9 +47,11 @@ mutants: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/training_step.py
 
-# On a GPU machine; needs only torch, triton, numpy, safetensors and pytest, of the python that is there.
+# On a GPU machine; needs only torch, triton, numpy, safetensors and pytest, of the python that is
+# there. Two calls of under ten minutes: `make gpu`, and `make gpu CALL=2` for steps of a model.
+CALL ?= 1
 gpu:
-	$(PYTHON) benchmarks/gpu_suite.py
+	$(PYTHON) benchmarks/gpu_suite.py --call $(CALL)
 
 # torch comes first and exactly, so that nothing pulls another build of it. The demo's model comes
 # without its package's dependencies: lorax reads the file inside, and never imports the package.

@@ -42,6 +42,7 @@ LABEL = re.compile(r"^\s*(\.L_\w+):")
 HIDDEN, FEED_FORWARD, VOCABULARY = 4096, 14336, 128256
 TOKENS = 2048
 RANK = 16
+CODE, MAP = torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 256)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -120,6 +121,7 @@ def examine(kernel: Any) -> dict[str, Any]:
         "narrow_loads": count(r"(LDG|LDGSTS)\.(?!.*128)"),
         "fused_multiply_adds": count(r"FFMA"),
         "loop_fused_multiply_adds": count(r"FFMA", loop),
+        "loop_barriers": count(r"BAR\b", loop),
         "mul_add_ptx": len(re.findall(r"fma\.rn\.f32", kernel.asm["ptx"])),
         "wavefronts_a_gather": wavefronts_a_gather(kernel.asm["ttgir"]),
         "packed_vector": packed_vector(kernel.asm["ttgir"]),
@@ -135,11 +137,11 @@ def make_weight(rows: int, columns: int, nested: bool = True) -> Any:
 
     n = rows * columns
     blocks = n // 64
-    nested_tensors = (torch.empty(blocks // 256), torch.empty(256), torch.empty(()))
+    nested_tensors = (torch.empty(blocks // 256), MAP, torch.empty(()))
     return PackedWeight(
         torch.empty(n // 2, dtype=torch.uint8),
         torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32),
-        torch.empty(16),
+        CODE,
         (rows, columns),
         64,
         *(nested_tensors if nested else ()),
@@ -171,6 +173,7 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
         launch,
         lora,
         matmul,
+        narrow,
         quantize,
         tuning,
     )
@@ -196,11 +199,18 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
 
     vector = tuning.vector(gpu)
     skinny = tuning.skinny(gpu)
+    narrow_rows = tuning.narrow(gpu)
     shapes = [(HIDDEN, FEED_FORWARD)]
     if thorough:
         shapes += [(HIDDEN, HIDDEN), (FEED_FORWARD, HIDDEN)]
     for N, K in shapes:
         W = make_weight(N, K)
+        for M in (1, 16) if K == FEED_FORWARD else (16,):
+            x = torch.empty(M, K, dtype=half)
+            low = (torch.empty(RANK, K), torch.empty(N, RANK), 2.0)
+            values = narrow_rows.rows * narrow.STEP // (32 * narrow_rows.num_warps)
+            call = partial(narrow.products, x, [W], [None], [low])
+            yield f"narrow {N}x{K} M={M}, LoRA", call, values
         for M in (1, 16, 64):
             threads = 32 * (vector.num_warps if M == 1 else skinny.num_warps[M])
             values = vector.rows * vector.step if M == 1 else skinny.rows * 64
@@ -230,6 +240,7 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
     yield f"LoRA dA, M={TOKENS}", lambda: lora.cross(h, x), 0
     yield f"LoRA dB, M={TOKENS}", lambda: lora.cross(x, h), 0
 
+    yield from step_cases(half)
     logits = torch.empty(64, VOCABULARY, dtype=half)
     targets, losses = torch.empty(64, dtype=torch.int64), torch.empty(64)
     yield (
@@ -253,9 +264,36 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
     )
 
 
+def step_cases(half: torch.dtype) -> Iterator[tuple[str, Callable[[], Any], int]]:
+    """The training step's own kernels, at Llama-3-8B's widths."""
+    from lorax.kernels import step
+    from lorax.kernels.drop import Drop
+
+    def rows(width: int) -> torch.Tensor:
+        return torch.empty(TOKENS, width, dtype=half)
+
+    x, both, a = rows(HIDDEN), rows(2 * FEED_FORWARD), rows(FEED_FORWARD)
+    weight, scale = torch.empty(HIDDEN, dtype=half), torch.empty(TOKENS)
+    yield "step norm", lambda: step.norm(x, weight, 1e-5, x), 0
+    yield "step norm backward", lambda: step.norm_backward(x, x, weight, scale, x), 0
+    turns = torch.empty(TOKENS, 128, dtype=half)
+    yield "step rope", lambda: step.rope_(rows(6144), turns, turns, 40), 0
+    yield "step swiglu", lambda: step.swiglu(both), 0
+    yield "step swiglu backward", lambda: step.swiglu_backward(a, both), 0
+    drop = Drop(torch.empty(1, dtype=torch.int64), 3, 0.1)
+    A, h = torch.empty(RANK, HIDDEN), rows(RANK)
+    yield "step h, dropout", lambda: step.down(x, A, drop=drop), 0
+    yield "step dA, dropout", lambda: step.cross(h, x, drop=drop), 0
+    yield "step dx, dropout", lambda: step.add_dropped(x, h, A, drop), 0
+    weights = [make_weight(N, HIDDEN) for N in (4096, 1024, 1024)]
+    ups = [(torch.empty(w.shape[0], RANK), 2.0) for w in weights]
+    out = torch.empty(6144, HIDDEN + 3 * RANK, dtype=half)
+    yield "step decode q, k, v", lambda: step.decode_columns(weights, ups, out), 0
+
+
 def rank_cases(ranks: list[int]) -> Iterator[tuple[str, Callable[[], Any], int]]:
     """What multiplies with a path, at each rank, where registers and shared memory are scarcest."""
-    from lorax.kernels import lora, matmul
+    from lorax.kernels import lora, matmul, narrow
 
     half, N, K = torch.bfloat16, HIDDEN, FEED_FORWARD
     weight = make_weight(N, K)
@@ -266,6 +304,7 @@ def rank_cases(ranks: list[int]) -> Iterator[tuple[str, Callable[[], Any], int]]
             path = (h[:M], B, 2.0)
             yield f"r={r} product M={M}", partial(matmul.fused, x[:M], weight, None, path), 0
         yield f"r={r} dx M=64", partial(matmul.fused_dx, dy, weight, (h, A.t(), 1.0)), 0
+        yield f"r={r} narrow", partial(narrow.products, x[:16], [weight], [None], [(A, B, 2.0)]), 0
         yield f"r={r} x A^T", partial(lora.down, x, A), 0
         yield f"r={r} dA", partial(lora.cross, h, x), 0
 
@@ -297,8 +336,9 @@ def compiled_rows(
                 facts = {"target": target, "case": name, **examine(kernel)}
                 facts["shared_limit_bytes"] = SHARED_LIMIT_BYTES[target]
                 body = facts["loop_instructions"] or facts["instructions"]
-                facts["values_a_thread"] = values
-                facts["instructions_a_value"] = round(body / values, 2) if values else None
+                decoded = values if facts["kernel"] != "_arrange_kernel" else 0
+                facts["values_a_thread"] = decoded
+                facts["instructions_a_value"] = round(body / decoded, 2) if decoded else None
                 rows.append(facts)
     return rows
 

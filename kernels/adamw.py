@@ -20,6 +20,11 @@ rounded operation by operation, there and here. So the moments' bits are those o
 torch.optim.AdamW(foreach=False) on a CPU. The parameters' are, too, but for its square root: MKL's
 is one ulp off for a fifth of all numbers, and the kernel's is rounded right.
 
+**Clipping** is a factor for all gradients, min(1, most / (norm + 1e-6)), which stands in the
+device's memory: the kernel reads it, so the host never waits for a norm and the gradients are not
+written back. Where the norm is no finite number the factor is none either, and the step changes
+nothing.
+
 **8-bit states** (Dettmers et al., arXiv:2110.02861): m and v are kept as codes of a dynamic map,
 with one float32 scale for each block of 256 values: 2.03 bytes a parameter. The step uses the new m
 and v before they are rounded. m takes the nearest codes; v takes them under three rules, for which
@@ -59,9 +64,15 @@ def _address(table, entry, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _size(table, entry, ALIGNED: tl.constexpr):
-    """A tensor's number of values; ALIGNED promises a multiple of 16."""
+def _size(table, entry, factor, ALIGNED: tl.constexpr):
+    """How many of a tensor's values are stepped: none where the factor is no finite number.
+
+    ALIGNED promises a multiple of 16.
+    """
     size = tl.load(table + entry)
+    if factor is not None:
+        value = tl.load(factor)
+        size = tl.where(value - value == 0.0, size, 0)
     if ALIGNED:
         size = tl.multiple_of(size, 16)
     return size
@@ -88,10 +99,20 @@ def _stepped(p, g, m, v, steps):
 
 
 @triton.jit
+def _gradient(at, inside, factor):
+    """A tile of gradients in float32, multiplied by `factor` and rounded, as `mul_` rounds."""
+    g = tl.load(at, mask=inside, other=0.0)
+    if factor is not None:
+        g = (g.to(tl.float32) * tl.load(factor)).to(g.dtype)
+    return g.to(tl.float32)
+
+
+@triton.jit
 def _adamw_kernel(
     owner,
     table,
     steps,
+    factor,
     P_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
@@ -99,13 +120,13 @@ def _adamw_kernel(
     program = tl.program_id(0)
     tensor = tl.load(owner + program).to(tl.int64)
     table += tensor * 6
-    size = _size(table, 4, ALIGNED)
+    size = _size(table, 4, factor, ALIGNED)
     place = (program - tl.load(table + 5)) * TILE + tl.arange(0, TILE)
     inside = place < size
     p_at = _address(table, 0, P_DTYPE, ALIGNED) + place
     m_at = _address(table, 2, tl.float32, ALIGNED) + place
     v_at = _address(table, 3, tl.float32, ALIGNED) + place
-    g = tl.load(_address(table, 1, P_DTYPE, ALIGNED) + place, mask=inside, other=0.0).to(tl.float32)
+    g = _gradient(_address(table, 1, P_DTYPE, ALIGNED) + place, inside, factor)
     p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_at, mask=inside, other=0.0)
     v = tl.load(v_at, mask=inside, other=0.0)
@@ -124,6 +145,7 @@ def _adamw_8bit_kernel(
     signed_boundaries,
     unsigned_map,
     unsigned_boundaries,
+    factor,
     P_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
@@ -134,7 +156,7 @@ def _adamw_8bit_kernel(
     program = tl.program_id(0)
     tensor = tl.load(owner + program).to(tl.int64)
     table += tensor * 8
-    size = _size(table, 6, ALIGNED)
+    size = _size(table, 6, factor, ALIGNED)
     block = (program - tl.load(table + 7)) * BLOCKS + tl.arange(0, BLOCKS)
     present = block * BLOCK_SIZE < size
     place = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
@@ -144,7 +166,7 @@ def _adamw_8bit_kernel(
     m_scale_at = _address(table, 3, tl.float32, ALIGNED) + block
     v_at = _address(table, 4, tl.uint8, ALIGNED) + place
     v_scale_at = _address(table, 5, tl.float32, ALIGNED) + block
-    g = tl.load(_address(table, 1, P_DTYPE, ALIGNED) + place, mask=inside, other=0.0).to(tl.float32)
+    g = _gradient(_address(table, 1, P_DTYPE, ALIGNED) + place, inside, factor)
     p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(signed_map + tl.load(m_at, mask=inside, other=0).to(tl.int32))
     v = tl.load(unsigned_map + tl.load(v_at, mask=inside, other=0).to(tl.int32))
@@ -225,6 +247,7 @@ def adamw(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[AdamWStep],
+    factor: Tensor | None = None,
 ) -> None:
     """One AdamW step for all tensors, in place, in one launch.
 
@@ -234,6 +257,8 @@ def adamw(
         exp_avgs: float32, of the same sizes.
         exp_avg_sqs: the same.
         steps: one a tensor.
+        factor: () float32 on the device, what each gradient is multiplied by first, or None. If it
+            is no finite number, nothing is changed.
     """
     if not params:
         return
@@ -245,6 +270,7 @@ def adamw(
         owner,
         table,
         numbers,
+        factor,
         P_DTYPE=_DTYPES[params[0].dtype],
         ALIGNED=aligned,
         TILE=TILE,
@@ -264,6 +290,7 @@ def adamw_8bit(
     signed_map: Tensor,
     unsigned_map: Tensor,
     block_size: int = 256,
+    factor: Tensor | None = None,
 ) -> None:
     """One AdamW step with 8-bit states for all tensors, in place, in one launch.
 
@@ -278,6 +305,7 @@ def adamw_8bit(
         signed_map: (256,) float32, ascending.
         unsigned_map: (256,) float32, ascending from zero.
         block_size: values that share a scale, a power of two.
+        factor: as in `adamw`.
     """
     if not params:
         return
@@ -295,6 +323,7 @@ def adamw_8bit(
         _boundaries_of(signed_map),
         unsigned_map,
         _boundaries_of(unsigned_map),
+        factor,
         P_DTYPE=_DTYPES[params[0].dtype],
         ALIGNED=aligned,
         TILE=tile,

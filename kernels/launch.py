@@ -60,6 +60,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def runs_assembly(device: torch.device) -> bool:
+    """Whether inline assembly runs, or is compiled: not in the interpreter."""
+    return _capability is not None or device.type == "cuda"
+
+
 def counters(device: torch.device, count: int) -> Tensor:
     """At least `count` int32 zeros: one buffer a device and stream, or one for this launch alone.
 

@@ -30,6 +30,8 @@ from torch.autograd.function import once_differentiable
 
 from lorax.kernels import matmul, tuning
 from lorax.kernels.common import sum_of_splits
+from lorax.kernels.drop import Drop
+from lorax.kernels.dropout import kept
 from lorax.kernels.launch import capability, empty, launch, split_buffers
 from lorax.kernels.weight import PackedWeight
 
@@ -39,13 +41,18 @@ STEPS = {4: 16, 2: 64}  # of the sum, by a value's bytes: short steps sum float3
 
 @triton.jit
 def _down_kernel(
-    x,  # (M, C)
+    x,  # (M, C), rows x_stride apart
     A,  # (RANK, C), any strides
-    h,  # (M, RANK)
+    h,  # (M, RANK), rows h_stride apart
     parts,
     arrivals,
+    seed,  # of dropout, where there is any
+    site,
+    threshold,
     M,
     C,
+    x_stride,
+    h_stride,
     A_rank_stride,
     A_column_stride,
     scaling,
@@ -54,6 +61,7 @@ def _down_kernel(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     SPLITS: tl.constexpr,
+    DROP: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
     row = tile * TILE + tl.arange(0, TILE)
@@ -65,7 +73,11 @@ def _down_kernel(
     for step in tl.range(tl.program_id(1), tl.cdiv(C, STEP), SPLITS, num_stages=3):
         column = (step * STEP + tl.arange(0, STEP)).to(tl.int64)
         inside = (row < M)[:, None] & (column < C)[None, :]
-        xs = tl.load(x + row[:, None] * C + column[None, :], mask=inside, other=0.0)
+        xs = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+        if DROP:
+            group = step * (STEP // 4) + tl.arange(0, STEP // 4)
+            stay = kept(seed, site, threshold, row, group, (C + 3) // 4, TILE, STEP)
+            xs = tl.where(stay, xs, 0.0)
         at = A + rank[None, :] * A_rank_stride + column[:, None] * A_column_stride
         inside = (rank < RANK)[None, :] & (column < C)[:, None]
         As = tl.load(at, mask=inside, other=0.0).to(x.dtype.element_ty)
@@ -75,19 +87,24 @@ def _down_kernel(
     sums, last = sum_of_splits(sums, parts, arrivals, tile, place, SIZE, SPLITS)
     if last:
         inside = (row < M)[:, None] & (rank < RANK)[None, :]
-        at = h + row[:, None] * RANK + rank[None, :]
+        at = h + row[:, None] * h_stride + rank[None, :]
         tl.store(at, (sums * scaling).to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _cross_kernel(
-    wide,  # (M, C)
-    thin,  # (M, RANK)
+    wide,  # (M, C), rows wide_stride apart
+    thin,  # (M, RANK), rows thin_stride apart
     out,  # (C, RANK) float32, any strides
     parts,
     arrivals,
+    seed,  # of wide's dropout, where there is any
+    site,
+    threshold,
     M,
     C,
+    wide_stride,
+    thin_stride,
     out_column_stride,
     out_rank_stride,
     scaling,
@@ -96,6 +113,7 @@ def _cross_kernel(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     SPLITS: tl.constexpr,
+    DROP: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
     column = tile * TILE + tl.arange(0, TILE)
@@ -107,9 +125,15 @@ def _cross_kernel(
     for step in tl.range(tl.program_id(1), tl.cdiv(M, STEP), SPLITS, num_stages=3):
         row = (step * STEP + tl.arange(0, STEP)).to(tl.int64)
         inside = (row < M)[:, None] & (column < C)[None, :]
-        wides = tl.load(wide + row[:, None] * C + column[None, :], mask=inside, other=0.0)
+        at = wide + row[:, None] * wide_stride + column[None, :]
+        wides = tl.load(at, mask=inside, other=0.0)
+        if DROP:
+            group = tl.program_id(0) * (TILE // 4) + tl.arange(0, TILE // 4)
+            stay = kept(seed, site, threshold, row, group, (C + 3) // 4, STEP, TILE)
+            wides = tl.where(stay, wides, 0.0)
         inside = (row < M)[:, None] & (rank < RANK)[None, :]
-        thins = tl.load(thin + row[:, None] * RANK + rank[None, :], mask=inside, other=0.0)
+        at = thin + row[:, None] * thin_stride + rank[None, :]
+        thins = tl.load(at, mask=inside, other=0.0)
         sums = tl.dot(tl.trans(wides), thins, sums, input_precision="ieee")
     place = tl.arange(0, TILE)[:, None] * RANK_TILE + tl.arange(0, RANK_TILE)[None, :]
     SIZE: tl.constexpr = TILE * RANK_TILE
@@ -120,11 +144,22 @@ def _cross_kernel(
         tl.store(at, sums * scaling, mask=inside)
 
 
-def down(x: Tensor, A: Tensor, scaling: float = 1.0) -> Tensor:
-    """scaling * x A^T, rounded once: (..., C) and (r, C), any strides -> (..., r) in x's dtype."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+def down(
+    x: Tensor,
+    A: Tensor,
+    scaling: float = 1.0,
+    out: Tensor | None = None,
+    drop: Drop | None = None,
+) -> Tensor:
+    """scaling * x A^T, rounded once: (..., C) and (r, C), any strides -> (..., r) in x's dtype.
+
+    Args:
+        out: (M, r), where it goes, rows side by side or further apart; None: a new tensor.
+        drop: dropout of x.
+    """
+    rows = _rows(x)
     (M, C), rank = rows.shape, A.shape[0]
-    h = empty((M, rank), x.dtype, x.device)
+    h = empty((M, rank), x.dtype, x.device) if out is None else out
     step = STEPS[x.element_size()]
     tiles, steps = triton.cdiv(M, TILE), triton.cdiv(C, step)
     width = tuning.rank_tile(rank, tuning.RANKS_ALONE)
@@ -137,31 +172,30 @@ def down(x: Tensor, A: Tensor, scaling: float = 1.0) -> Tensor:
         A,
         h,
         *split_buffers(x.device, tiles * widths, splits, TILE * width),
-        M,
-        C,
-        *A.stride(),
-        scaling,
+        *_dropping(drop),
+        *(M, C, rows.stride(0), h.stride(0), *A.stride()),
+        scaling if drop is None else scaling * drop.scale,
         RANK=rank,
         RANK_TILE=width,
         TILE=TILE,
         STEP=step,
         SPLITS=splits,
+        DROP=drop is not None,
         num_warps=4,
         enable_fp_fusion=True,
     )
-    return h.view(*x.shape[:-1], rank)
+    return h.view(*x.shape[:-1], rank) if out is None else out
 
 
-def cross(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
+def cross(left: Tensor, right: Tensor, scaling: float = 1.0, drop: Drop | None = None) -> Tensor:
     """scaling * left^T right, summed and given in float32: (..., P) and (..., Q) -> (P, Q).
 
-    The narrower of the two is the rank; both have the same dtype.
+    The narrower of the two is the rank; both have the same dtype. drop: dropout of `right`.
     """
-    left = left.reshape(-1, left.shape[-1]).contiguous()
-    right = right.reshape(-1, right.shape[-1]).contiguous()
+    left, right = _rows(left), _rows(right)
     out = empty((left.shape[1], right.shape[1]), torch.float32, left.device)
     wide, thin, strides = left, right, out.stride()
-    if left.shape[1] < right.shape[1]:
+    if left.shape[1] < right.shape[1] or drop is not None:
         wide, thin, strides = right, left, (out.stride(1), out.stride(0))
     (M, C), rank = wide.shape, thin.shape[1]
     step = STEPS[left.element_size()]
@@ -176,19 +210,29 @@ def cross(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
         thin,
         out,
         *split_buffers(left.device, tiles * widths, splits, TILE * width),
-        M,
-        C,
-        *strides,
-        scaling,
+        *_dropping(drop),
+        *(M, C, wide.stride(0), thin.stride(0), *strides),
+        scaling if drop is None else scaling * drop.scale,
         RANK=rank,
         RANK_TILE=width,
         TILE=TILE,
         STEP=step,
         SPLITS=splits,
+        DROP=drop is not None,
         num_warps=4,
         enable_fp_fusion=True,
     )
     return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(M, C) whose rows are whole; a view where they are already."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _dropping(drop: Drop | None) -> tuple[Tensor | None, int, int]:
+    return (None, 0, 0) if drop is None else (drop.seed, drop.site, drop.threshold)
 
 
 def forward(

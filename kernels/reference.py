@@ -200,8 +200,13 @@ def adamw(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[AdamWStep],
+    factor: Tensor | None = None,
 ) -> None:
     """Twin of adamw.adamw."""
+    if factor is not None:
+        if not factor.isfinite():
+            return
+        grads = [g * factor for g in grads]
     for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         p.copy_(_update(p, g, m, v, step))
 
@@ -217,8 +222,13 @@ def adamw_8bit(
     signed_map: Tensor,
     unsigned_map: Tensor,
     block_size: int = 256,
+    factor: Tensor | None = None,
 ) -> None:
     """Twin of adamw.adamw_8bit."""
+    if factor is not None:
+        if not factor.isfinite():
+            return
+        grads = [g * factor for g in grads]
     for p, g, mc, ms, vc, vs, step in zip(
         params, grads, m_codes, m_absmaxes, v_codes, v_absmaxes, steps, strict=True
     ):

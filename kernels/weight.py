@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,3 +28,26 @@ class PackedWeight(NamedTuple):
     nested_absmax: Tensor | None = None
     nested_map: Tensor | None = None
     nested_offset: Tensor | None = None
+
+
+PATH_WIDTHS = 16
+
+
+def path_width(ranks: Sequence[int]) -> int:
+    """How wide the low-rank paths of a group are together: the ranks' sum, rounded up to 16."""
+    return -(-sum(ranks) // PATH_WIDTHS) * PATH_WIDTHS
+
+
+def go_together(weights: Sequence[PackedWeight]) -> bool:
+    """Whether one launch decodes these weights: of one format, with whole blocks in each row."""
+    first = weights[0]
+    return all(
+        len(w.shape) == 2
+        and w.shape[1] == first.shape[1]
+        and w.shape[1] % w.block_size == 0
+        and w.block_size == first.block_size
+        and (w.nested_absmax is None) == (first.nested_absmax is None)
+        and w.code is first.code
+        and w.nested_map is first.nested_map
+        for w in weights
+    )

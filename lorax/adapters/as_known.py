@@ -23,7 +23,7 @@ from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.models import rope as rope_file
 from lorax.models.attention import merge_heads, split_heads
-from lorax.models.llama import LlamaAttention, LlamaMLP, RMSNorm
+from lorax.models.llama import LlamaAttention, LlamaLayer, LlamaMLP, LlamaModel, RMSNorm
 from lorax.models.rope import rotate
 
 log = logging.getLogger("lorax")
@@ -64,6 +64,12 @@ class _Rope:
         return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+class _Block:
+    def forward(self: Any, x: Any, rope: Any, context: Any) -> Any:
+        x = x + self.self_attn(self.input_layernorm(x), rope, context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
 class _Layer:
     def forward(self: Any, x: Any) -> Any:
         if not self.enabled:
@@ -93,12 +99,15 @@ class _LoRA:
 
 
 # The class that the fast paths replace -> what they take for granted: (where it stands, the copy).
-# The MLP and the attention are replaced together with their Linears.
-_LINEAR = ((AdapterLayer, _Layer), (LoRALinear, _LoRA))
+# The MLP and the attention are replaced together with their Linears, a layer with all it has.
+_NORM, _LINEAR = ((RMSNorm, _Norm),), ((AdapterLayer, _Layer), (LoRALinear, _LoRA))
+_MLPS = ((LlamaMLP, _MLP), *_LINEAR)
+_ATTENTION = ((LlamaAttention, _Attention), (rope_file, _Rope), *_LINEAR)
 _KNOWN: dict[type, tuple[tuple[Any, Any], ...]] = {
-    RMSNorm: ((RMSNorm, _Norm),),
-    LlamaMLP: ((LlamaMLP, _MLP), *_LINEAR),
-    LlamaAttention: ((LlamaAttention, _Attention), (rope_file, _Rope), *_LINEAR),
+    RMSNorm: _NORM,
+    LlamaMLP: _MLPS,
+    LlamaAttention: _ATTENTION,
+    LlamaModel: ((LlamaLayer, _Block), *_NORM, *_MLPS, *_ATTENTION),
     LoRALinear: _LINEAR,
 }
 _SAID: set[str] = set()
@@ -107,7 +116,8 @@ _SAID: set[str] = set()
 def is_as_known(kind: type) -> bool:
     """Whether a class that a fast path replaces computes what the fast path stands for.
 
-    kind: RMSNorm, LlamaMLP, LlamaAttention or LoRALinear; any other is its own affair: True.
+    kind: RMSNorm, LlamaMLP, LlamaAttention, LlamaModel (for its layers) or LoRALinear; any other is
+            its own affair: True.
     """
     for place, copies in _KNOWN.get(kind, ()):
         for name, copied in vars(copies).items():

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lorax.backend import bound
 from lorax.models.attention import Context, soft_cap
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ class Body(nn.Module):
     """What stands under the head: (B, T) -> (B, T, C), the final norm included.
 
     gradient_checkpointing: recompute each layer in the backward pass instead of keeping its
-        insides.
+        insides; "selective" keeps what products gave (recompute.py).
     embedding_scale: what the tokens' embeddings are multiplied by, in the dtype that they have.
     """
 
@@ -51,7 +49,7 @@ class Body(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: bool | str = False
         self.prefix: nn.Module = Prefix()
 
     @property
@@ -64,7 +62,9 @@ class Body(nn.Module):
     def run(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """One layer, checkpointed where that is asked for."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(bound(layer), *inputs, use_reentrant=False)
+            from lorax.models.recompute import recomputed
+
+            return recomputed(self.gradient_checkpointing, layer, *inputs)
         return layer(*inputs)
 
     def scaled(self, embeddings: Tensor) -> Tensor:
@@ -126,12 +126,12 @@ class Model(nn.Module):
         return None
 
     @property
-    def gradient_checkpointing(self) -> bool:
+    def gradient_checkpointing(self) -> bool | str:
         """Recompute each layer in the backward pass instead of keeping its insides."""
         return self.body.gradient_checkpointing
 
     @gradient_checkpointing.setter
-    def gradient_checkpointing(self, on: bool) -> None:
+    def gradient_checkpointing(self, on: bool | str) -> None:
         self.body.gradient_checkpointing = on
 
     def tie_weights(self) -> None:

@@ -110,11 +110,12 @@ class FloatMoments(Moments):
         grads: Sequence[Tensor],
         states: Sequence[State],
         steps: Sequence[AdamWStep],
+        factor: Tensor | None = None,
     ) -> None:
         """Step all of them in one launch of the Triton kernel."""
         kernels = import_module("lorax.kernels.adamw")  # needs triton
         columns = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
-        kernels.adamw(params, grads, *columns, steps)
+        kernels.adamw(params, grads, *columns, steps, factor)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -195,16 +196,17 @@ class AdamW(torch.optim.Optimizer):
         ]
         if new:
             self._install(self._build(new))
-        launches = Launches()
+        launches = Launches(self.factor)
         for page in self.memory.walk(self._pages):
             group = self.param_groups[page.group]
             if not takes_kernel(page, group):
-                page.step(group)
+                page.step(group, self.factor)
                 continue
             launches.add(page, group)
             if self.memory.one_by_one:
                 launches.start()
         launches.start()
+        self.factor = None
         return loss
 
     def state_bytes(self) -> int:
@@ -267,6 +269,7 @@ class AdamW(torch.optim.Optimizer):
         self._pages: list[Page] = []
         self._home: dict[Tensor, tuple[Page, int]] = {}
         self._scratch = Scratch()
+        self.factor: Tensor | None = None  # of the next step's gradients (clip.py)
 
     def _match_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The saved groups' values with this optimizer's parameters."""

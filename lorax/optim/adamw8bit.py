@@ -180,6 +180,7 @@ class CodedMoments(Moments):
         grads: Sequence[Tensor],
         states: Sequence[dict[str, Tensor]],
         steps: Sequence[AdamWStep],
+        factor: Tensor | None = None,
     ) -> None:
         """Step all of them in one launch of the Triton kernel."""
         if not params:
@@ -188,7 +189,7 @@ class CodedMoments(Moments):
         names = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
         columns = [[state[name] for state in states] for name in names]
         maps = [table.values for table in tables(params[0].device)]
-        kernels.adamw_8bit(params, grads, *columns, steps, *maps, self.block_size)
+        kernels.adamw_8bit(params, grads, *columns, steps, *maps, self.block_size, factor)
 
 
 class AdamW8bit(AdamW):

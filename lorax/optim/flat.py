@@ -102,8 +102,12 @@ class Moments(ABC):
         grads: Sequence[Tensor],
         states: Sequence[dict[str, Tensor]],
         steps: Sequence[AdamWStep],
+        factor: Tensor | None = None,
     ) -> None:
-        """One AdamW step of whole parameters in one Triton launch; lists have equal length."""
+        """One AdamW step of whole parameters in one Triton launch; lists have equal length.
+
+        factor: () float32 that the gradients are multiplied by.
+        """
 
 
 class Scratch:
@@ -172,8 +176,16 @@ class Page:
         pairs = enumerate(zip(ready.tolist(), self.steps.tolist(), strict=True))
         return [(index, int(step)) for index, (there, step) in pairs if there]
 
-    def step(self, group: Mapping[str, Any]) -> None:
-        """Step every parameter of the page that has a gradient, in PyTorch."""
+    def step(self, group: Mapping[str, Any], factor: Tensor | None = None) -> None:
+        """Step every parameter of the page that has a gradient, in PyTorch.
+
+        factor: () that the gradients are multiplied by, in place. This waits for the device: where
+            it is no finite number, nothing is changed.
+        """
+        if factor is not None:
+            if not factor.isfinite():
+                return
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
         for first, last in self._runs():
             self.steps[first:last] += 1
             hyper = Hyperparameters.of(group, int(self.steps[first]))

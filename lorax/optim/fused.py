@@ -60,9 +60,13 @@ class Batch:
 
 
 class Launches:
-    """Collects pages and steps them with one launch per dtype, device and kind of moments."""
+    """Collects pages and steps them with one launch per dtype, device and kind of moments.
 
-    def __init__(self) -> None:
+    factor: () float32 that all gradients are multiplied by, or None; see clip.py.
+    """
+
+    def __init__(self, factor: Tensor | None = None) -> None:
+        self._factor = factor
         self._batches: dict[Any, Batch] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
 
@@ -83,7 +87,8 @@ class Launches:
     def start(self) -> None:
         """Launch the steps of everything added, and clear the collection."""
         for batch in self._batches.values():
-            batch.moments.launch(batch.params, batch.grads, batch.states, batch.steps)
+            columns = batch.params, batch.grads, batch.states, batch.steps
+            batch.moments.launch(*columns, self._factor)
         for parameter, copy in self._copies:
             parameter.copy_(copy)
         self._batches.clear()

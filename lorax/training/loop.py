@@ -34,6 +34,7 @@ from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import padding_id
 from lorax.errors import NumericalStop
 from lorax.models import Model
+from lorax.optim.clip import clip_later, clips_later
 from lorax.training.callbacks import Callback, Callbacks
 from lorax.training.checkpoint import clear_litter, newest_checkpoint, rotate, write_checkpoint
 from lorax.training.digests import StepDigests
@@ -277,19 +278,18 @@ class Training:
         if self.digests is not None:
             self.digests.begin(progress.step, rows)
         loss = self._backward(rows)
-        penalty = self.plan.hook.penalty()
-        if penalty is not None:
+        if (penalty := self.plan.hook.penalty()) is not None:
             penalty.backward()
         if self.digests is not None:
             self.digests.gradients()
-        grad_norm = _clip(self.trained, self.settings.max_grad_norm)
+        loss_value, grad_norm = torch.stack([loss, self._clip().to(loss)]).tolist()
         progress.tokens += sum(row.tokens for row in rows)
         line = {
             "step": progress.step,
             "epoch": round(epoch, 6),
-            "loss": loss.item(),
+            "loss": loss_value,
             "learning_rate": self.settings.learning_rate * factor,
-            "grad_norm": grad_norm.item(),
+            "grad_norm": grad_norm,
             "tokens": progress.tokens,
             "seconds": round(time.perf_counter() - self.started, 3),
         }
@@ -316,6 +316,11 @@ class Training:
         for left, batch in zip(range(len(batches))[::-1], batches, strict=True):
             loss += self.gradients.add(batch.to(self.device), tokens, is_last=left == 0)
         return self.group.total(loss)
+
+    def _clip(self) -> Tensor:
+        how = self.trained, self.settings.max_grad_norm
+        later = clips_later(self.optimizer, self.trained)
+        return clip_later(self.optimizer, *how) if later else _clip(*how)
 
     def _not_finite(self, line: Line) -> None:
         """A loss or gradient that is no number: stop, leave the step out, or go back as well."""
@@ -430,7 +435,7 @@ class Training:
         self.callbacks.call(line, self.model)
 
 
-def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+def _clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Clip to `max_norm` (0: do not) and give the norm before it."""
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 

@@ -95,8 +95,11 @@ class Gradients:
 
         is_last: behind this one they are those of all processes.
         """
-        loss = summed_loss(self.model, *batch) / tokens
-        loss.backward()
+        graphs = getattr(self.model, "step_graphs", None)  # put there by `accelerated`
+        loss = None if graphs is None else graphs.add(batch, tokens)
+        if loss is None:
+            loss = summed_loss(self.model, *batch) / tokens
+            loss.backward()
         return loss.detach()
 
 

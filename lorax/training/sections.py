@@ -50,8 +50,10 @@ class ModelSection(Section):
     quantization: Quantization | None = Field(
         None, description="Quantize the frozen Linears while loading; none: plain weights."
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, more time."
+    gradient_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, more time; "
+        "selective: the cheap ones.",
     )
 
 

@@ -13,11 +13,11 @@ from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.inference.batch import stream_rows
 from lorax.models import rope as rope_file
-from lorax.models.llama import LlamaAttention, LlamaMLP, RMSNorm
+from lorax.models.llama import LlamaAttention, LlamaLayer, LlamaMLP, LlamaModel, RMSNorm
 from lorax.training.fast.install import accelerated
 from lorax.training.loss import summed_loss
 
-KINDS = [RMSNorm, LlamaMLP, LlamaAttention, LoRALinear]
+KINDS = [RMSNorm, LlamaMLP, LlamaAttention, LlamaModel, LoRALinear]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,6 +46,7 @@ CHANGES = {
         lambda plain: lambda self, x: tuple(2 * part for part in plain(self, x)),
         LlamaAttention,
     ),
+    "block": (LlamaLayer, "forward", doubled, LlamaModel),
     "layer": (AdapterLayer, "forward", doubled, LoRALinear),
     "lora": (LoRALinear, "path_onto", doubled, LoRALinear),
 }

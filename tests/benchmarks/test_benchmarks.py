@@ -29,11 +29,16 @@ def suite():
 
 
 @pytest.fixture(scope="module")
-def optimizers(suite):
+def timing():
+    return benchmark("gpu_optimizers")
+
+
+@pytest.fixture(scope="module")
+def optimizers(timing):
     """All sides, over six small tensors on a CPU: the numbers mean nothing, the rows do."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bitsandbytes says that it pages nothing on a CPU
-        return suite.time_optimizers("cpu", tensors=6, width=64, repeats=3)
+        return timing.time_optimizers("cpu", tensors=6, width=64, repeats=3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -66,14 +71,16 @@ def test_an_optimizer_s_row(optimizers):
     assert "paging" not in rows["lorax AdamW"]
 
 
-def test_a_side_that_fails_is_left_out_and_named(suite, monkeypatch, capsys):
+def test_a_side_that_fails_is_left_out_and_named(timing, monkeypatch, capsys):
     def broken(params):
         raise RuntimeError("no such thing here")
 
     monkeypatch.setattr(
-        suite, "optimizer_sides", lambda: {"broken": broken, "torch AdamW fused": torch.optim.AdamW}
+        timing,
+        "optimizer_sides",
+        lambda: {"broken": broken, "torch AdamW fused": torch.optim.AdamW},
     )
-    rows = suite.time_optimizers("cpu", tensors=2, width=8, repeats=3)
+    rows = timing.time_optimizers("cpu", tensors=2, width=8, repeats=3)
     assert [row["name"] for row in rows] == ["torch AdamW fused"]
     assert "broken is not timed: RuntimeError('no such thing here')" in capsys.readouterr().out
 
@@ -108,7 +115,7 @@ def test_the_table_comes_from_the_newest_results(suite, tmp_path, optimizers):
 
 def test_the_gpu_tests_are_collected_with_the_kernels(suite):
     """`make gpu` runs these files first; here each test is found, and skipped."""
-    source = (BENCHMARKS / "gpu_suite.py").read_text()
+    source = (BENCHMARKS / "gpu_tests.py").read_text()
     assert "test_optim_gpu.py" in source
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=",
@@ -145,35 +152,24 @@ def test_the_cpu_benchmark_has_all_four_in_one_run(monkeypatch):
         optimizers.check_bits(steps=1)
 
 
-def test_the_gpu_suite_measures_memory_with_the_device_to_itself(monkeypatch, suite):
+def test_the_gpu_suite_measures_memory_with_the_device_to_itself(monkeypatch, capsys):
     """test_optim_gpu reads what the whole device has free: beside other processes that moves."""
-    import io
-    import subprocess as real
-
+    tests = benchmark("gpu_tests")
     running, finished, alone = [], [], []
 
-    class Process:
-        returncode = 0
-
-        def __init__(self, command, **options):
-            assert not any("test_optim_gpu" in str(word) for word in command)
-            running.append(self)
-
-        def communicate(self):
-            finished.append(self)
-            return ("1 passed", None)
-
-    def run(command, **options):
-        names = [word for word in command if "test_optim_gpu" in str(word)]
-        if names:
-            assert "--collect-only" not in command
+    def started(command, **options):
+        if any("test_optim_gpu" in str(word) for word in command):
             alone.append(len(running) - len(finished))
-        listing = "tests/test_kernels_ops.py::test_a\ntests/test_kernels_ops.py::test_b\n"
-        return real.CompletedProcess(command, 0, listing if not names else "1 passed\n", "")
+        running.append(command)
+        return command
 
-    monkeypatch.setattr(suite.subprocess, "Popen", Process)
-    monkeypatch.setattr(suite.subprocess, "run", run)
-    monkeypatch.setattr("sys.stdout", io.StringIO())
-    assert suite.run_tests()["green"]
+    def end(process, deadline):
+        finished.append(process)
+        return 0, "1 passed"
+
+    monkeypatch.setattr(tests, "collected", lambda command, files: ["a::b", "a::c"])
+    monkeypatch.setattr(tests, "started", started)
+    monkeypatch.setattr(tests, "finished", end)
+    assert tests.run_tests()["green"]
     assert len(running) > 1
     assert alone == [0]

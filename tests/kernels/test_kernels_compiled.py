@@ -65,6 +65,15 @@ def test_every_kernel_is_compiled_for_every_target(rows):
             "_softmax_gradient_kernel",
             "_adamw_kernel",
             "_adamw_8bit_kernel",
+            "_arrange_kernel",
+            "_narrow_kernel",
+            "_norm_kernel",
+            "_norm_backward_kernel",
+            "_rope_kernel",
+            "_swiglu_kernel",
+            "_swiglu_backward_kernel",
+            "_add_dropped_kernel",
+            "_group_kernel",
         }
 
 
@@ -77,7 +86,7 @@ def test_a_rank_needs_no_more_than_its_tile(rows):
     for target in RANK_TARGETS:
         for rank in RANKS:
             kernels = {row["kernel"] for row in on(rows, f"r={rank} ", target)}
-            assert len(kernels) == 5, kernels
+            assert len(kernels) == 7, kernels
 
 
 def test_shared_memory_within_the_limit(rows):
@@ -177,6 +186,19 @@ def test_decoding_takes_at_most_6_instructions_a_value_on_hopper(rows):
             multiplies = row["loop_fused_multiply_adds"] / row["values_a_thread"]
             assert 1 <= multiplies <= 1.2, which(row)
             assert row["instructions_a_value"] - multiplies <= VECTOR_BOUND, which(row)
+
+
+NARROW_INSTRUCTIONS, NARROW_BARRIERS, NARROW_WAVEFRONTS = 6.0, 2, 1.5
+
+
+def test_the_product_of_few_rows_decodes_in_registers_on_hopper(rows):
+    """No look-up in shared memory at all, so none that meets a bank conflict."""
+    found = [row for row in on(rows, "narrow", target=90) if row["kernel"] == "_narrow_kernel"]
+    assert len(found) >= 3
+    for row in found:
+        assert row["instructions_a_value"] <= NARROW_INSTRUCTIONS, which(row)
+        assert row["loop_barriers"] <= NARROW_BARRIERS, which(row)
+        assert (row["wavefronts_a_gather"] or 0) <= NARROW_WAVEFRONTS, which(row)
 
 
 def test_no_multiplication_is_fused_with_an_addition_where_bits_count(rows):

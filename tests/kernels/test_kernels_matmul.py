@@ -16,7 +16,7 @@ from kernel_testing import (
     random,
 )
 
-from lorax.kernels import launch, matmul, reference, tuning
+from lorax.kernels import decoded, launch, matmul, reference, tuning
 
 WIDTH = tuning.backward(90).columns
 
@@ -134,9 +134,9 @@ def chunks_of_64(rows):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_beyond_the_crossover(guard, r9, dtype, monkeypatch):
     """Decoded in chunks of rows; also rows that hold no whole number of blocks."""
-    monkeypatch.setattr(matmul, "_row_chunks", lambda weight, x: chunks_of_64(weight.shape[0]))
-    sizes, scratch = [], matmul._scratch
-    monkeypatch.setattr(matmul, "_scratch", lambda n, like: sizes.append(n) or scratch(n, like))
+    monkeypatch.setattr(decoded, "_row_chunks", lambda weight, x: chunks_of_64(weight.shape[0]))
+    sizes, scratch = [], decoded._scratch
+    monkeypatch.setattr(decoded, "_scratch", lambda n, like: sizes.append(n) or scratch(n, like))
     for N, K in ((200, 320), (150, 321), (70, 96)):
         weight = make_weight(guard, (N, K))
         x = guard.copy(random(7, K, dtype=dtype, seed=1))

@@ -6,7 +6,7 @@ import kernel_testing  # noqa: F401  first: it makes lorax.kernels importable on
 import pytest
 import torch
 
-from lorax.kernels import matmul, tuning
+from lorax.kernels import decoded, tuning
 from lorax.kernels.weight import PackedWeight
 
 TABLES = (tuning._DEQUANTIZE, tuning._VECTOR, tuning._SKINNY, tuning._BACKWARD)
@@ -52,9 +52,9 @@ def weight_of(shape, block_size=64):
 
 
 def chunks_of(monkeypatch, family, shape, M, block_size=64):
-    monkeypatch.setattr(matmul, "capability", lambda device: family)
+    monkeypatch.setattr(decoded, "capability", lambda device: family)
     x = torch.empty(M, shape[1], dtype=torch.bfloat16, device="meta")
-    return matmul._row_chunks(weight_of(shape, block_size), x)
+    return decoded._row_chunks(weight_of(shape, block_size), x)
 
 
 @pytest.mark.parametrize("family", tuning.FAMILIES)

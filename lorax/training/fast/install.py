@@ -7,7 +7,8 @@ path takes them as they are now, and else calls the plain one:
     LlamaMLP          mlp.py
     LlamaAttention    projections.py for q, k and v together, and attention.py
     RMSNorm           norm.py
-    the model         head.py, which the loss asks for
+    LlamaModel        lorax/training/gpu: a whole layer at once, on CUDA
+    the model         head.py, which the loss asks for; on CUDA, graphs of whole steps
 
 An instance's method goes before its class's, so nothing of the model has to know. A copy of the
 model has methods that are bound to the copy, and a pickled one has the plain ones.
@@ -27,7 +28,7 @@ from lorax.adapters.as_known import is_as_known
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.lora import LoRALinear
 from lorax.models.attention import Context
-from lorax.models.llama import LlamaAttention, LlamaMLP, RMSNorm, Rope
+from lorax.models.llama import LlamaAttention, LlamaMLP, LlamaModel, RMSNorm, Rope
 from lorax.models.packed import Documents
 from lorax.models.watched import is_watched
 from lorax.training.fast.attention import causal_attention, is_faster
@@ -36,29 +37,34 @@ from lorax.training.fast.mlp import swiglu_mlp
 from lorax.training.fast.norm import rms_norm
 from lorax.training.fast.parts import Part, part_of, takes
 from lorax.training.fast.projections import project
+from lorax.training.gpu import known
+from lorax.training.gpu.graphs import step_graphs
+from lorax.training.gpu.layer import run_layer
+from lorax.training.gpu.seeds import begin_pass, seed_of, took
 
 
 @contextmanager
 def accelerated(model: Any, on: bool = True) -> Iterator[None]:
     """The fast path inside, where a module is known to it; on = False changes nothing.
 
-    model: with its adapter, on any device: tensors that are not on a CPU go the plain way. Modules
-        that are put in later, watched ones (lorax/models/watched.py) and classes that somebody
-        edited (lorax/adapters/as_known.py) stay plain.
+    model: with its adapter, on any device. Modules that are put in later, watched ones
+        (lorax/models/watched.py) and classes that somebody edited (lorax/adapters/as_known.py) stay
+        plain.
     """
     kinds = [kind for kind in _METHODS if on and is_as_known(kind)]
-    known = [m for m in model.modules() if type(m) in kinds and not is_watched(m)]
-    for module in known:
+    modules = [m for m in model.modules() if type(m) in kinds and not is_watched(m)]
+    for module in modules:
         for method in _METHODS[type(module)]:
             setattr(module, method.__name__, MethodType(method, module))
     if on:
         model.head_loss = fast_head_loss
+        model.step_graphs = step_graphs(model)
     try:
         yield
     finally:
         if on:
-            del model.head_loss
-        for module in known:
+            del model.head_loss, model.step_graphs
+        for module in modules:
             for method in _METHODS[type(module)]:
                 delattr(module, method.__name__)
 
@@ -106,11 +112,26 @@ class _RMSNorm:
         return rms_norm(x, self.weight, self.eps)
 
 
+class _LlamaModel:
+    @staticmethod
+    def run(self: LlamaModel, layer: nn.Module, *inputs: Any) -> Tensor:
+        if not known.kernels_for_step(inputs[0]):
+            return LlamaModel.run(self, layer, *inputs)
+        if layer is self.layers[0]:
+            begin_pass(self, inputs[0].device)
+        halves = known.halves_of(layer, *inputs, seed_of(self))
+        if halves is None:
+            return LlamaModel.run(self, layer, *inputs)
+        took(self, layer)
+        return run_layer(inputs[0], *halves, self.gradient_checkpointing)
+
+
 _METHODS: dict[type[nn.Module], list[Callable[..., Any]]] = {
     LoRALinear: [_LoRALinear.forward],
     LlamaMLP: [_LlamaMLP.forward],
     LlamaAttention: [_LlamaAttention.project, _LlamaAttention.forward],
     RMSNorm: [_RMSNorm.forward],
+    LlamaModel: [_LlamaModel.run],
 }
 
 
