@@ -143,7 +143,8 @@ def test_a_file_that_asks_for_it_is_refused(folder, tmp_path):
         text = file.read_text()
         file.write_text(json.dumps(json.loads(text) | changes))
         with pytest.raises(AdapterError, match=f"{next(iter(changes))} = .*Gain"):
-            lorax.load_adapter(lorax.load_model(folder / "model"), tmp_path / "saved")
+            model = lorax.load_model(folder / "model")
+            lorax.load_adapter(model, tmp_path / "saved", check_adapter=False)
         file.write_text(text)
 
 
