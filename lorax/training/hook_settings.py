@@ -66,7 +66,7 @@ def _checked(name: str, values: Any) -> dict[str, Any]:
 
 def _table(name: str) -> type[Section]:
     """The parameters behind the first, which is the model, as a table of a recipe."""
-    factory = factory_of(name)
+    factory: Any = factory_of(name)
     try:
         parameters = list(inspect.signature(factory).parameters.values())[1:]
         types = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)

@@ -159,7 +159,7 @@ def with_hooks(
     from lorax.training.checked_hook import CheckedHook, made
     from lorax.training.hook_settings import typed_settings
 
-    found = {}
+    found: dict[str, StepHook] = {}
     for name in names:
         values = typed_settings(name, settings.get(name, {}))
         found[name] = made(name, _factories[name], model, values)

@@ -142,8 +142,9 @@ def test_a_file_that_asks_for_it_is_refused(folder, tmp_path):
     for changes in ({"lora_alpha": 3}, {"use_dora": True}):
         text = file.read_text()
         file.write_text(json.dumps(json.loads(text) | changes))
+        model = lorax.load_model(folder / "model")
         with pytest.raises(AdapterError, match=f"{next(iter(changes))} = .*Gain"):
-            lorax.load_adapter(lorax.load_model(folder / "model"), tmp_path / "saved")
+            lorax.load_adapter(model, tmp_path / "saved", check_adapter=False)
         file.write_text(text)
 
 
