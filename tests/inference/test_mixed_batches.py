@@ -297,3 +297,22 @@ def test_what_a_row_cannot_have_is_refused(folders, tmp_path):
         found = model(IDS, adapters=["head"] * ROWS)
     with lorax.use_adapter(model, "head"):
         assert torch.equal(found, logits(model, IDS))
+
+
+def test_a_name_that_another_adapter_takes_is_that_one(folders, tmp_path):
+    """Also where a batch in between was refused half way."""
+    folder = folders["llama"]
+    model = lorax.load_model(folder / "base")
+    base = llama().from_pretrained(folder / "base")
+    save(in_peft(base, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), tmp_path)
+    lorax.load_adapter(model, tmp_path, name="head")
+    lorax.load_adapter(model, folder / "0", name="x")  # on every Linear
+    with pytest.raises(AdapterError, match="'head' replaces"):
+        model(IDS[:2], adapters=["x", "head"])
+    lorax.named_adapters(model).remove("x")
+    lorax.load_adapter(model, folder / "3", name="x")  # on down_proj alone
+    with lorax.use_adapter(model, "x"):
+        expected = logits(model, IDS[:2])
+    with torch.no_grad():
+        found = model(IDS[:2], adapters=["x", None])
+    assert (found[0] - expected[0]).abs().max() < NEAR
