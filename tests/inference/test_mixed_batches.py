@@ -234,6 +234,22 @@ def test_by_the_segmented_kernel(folders, quantization):
     assert (found - expected).abs().max() < NEAR
 
 
+def test_the_kernel_gives_no_gradients_and_is_not_asked_for_them(folders):
+    model, gradients = lorax.load_model(folders["llama"] / "base"), {}
+    for name in ("0", "7"):
+        lorax.load_adapter(model, folders["llama"] / name, trainable=True, name=name)
+    for how in ("pytorch", "triton"):
+        with backend(how):
+            model(IDS[:2], adapters=["0", "7"]).square().mean().backward()
+        with lorax.use_adapter(model, "7"):
+            gradients[how] = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+            model.zero_grad()
+        with lorax.use_adapter(model, "0"):
+            model.zero_grad()
+    assert any(gradient.any() for gradient in gradients["pytorch"])
+    torch.testing.assert_close(gradients["triton"], gradients["pytorch"])
+
+
 # A researcher's own variant ------------------------------------------------------------------
 
 
