@@ -383,6 +383,7 @@ class AdapterSet:
         """What stands in the model while its rows have these adapters."""
         wanted = {name: self._named[name] for name in names}
         layers: dict[str, MixedLayer] = {}
+        self._let_go()  # what a call that was refused has left
         for name, one in wanted.items():
             one.used = self._next_use()
             modules = self._fetched(one, wanted.values())

@@ -76,18 +76,14 @@ def stream_rows(
     was_training = model.training
     model.eval()
     try:
-        rows = [Row(i, list(p), n) for i, (p, n) in enumerate(zip(prompts, counts, strict=True))]
+        own: Sequence[str | None] = [None] * len(prompts) if adapters is None else adapters
+        each = zip(prompts, counts, own, strict=True)
+        rows = [Row(i, list(p), n, adapter=name) for i, (p, n, name) in enumerate(each)]
         yield from ((row.index, None) for row in rows if row.left < 1)
         rows = [row for row in rows if row.left > 0]
-        if not rows:
-            return
-        if adapters is not None:
-            for row in rows:
-                row.adapter = adapters[row.index]
-        for wave in [rows] if adapters is None else _waves(rows, named_adapters(model).budget):
-            batch = _Batch(
-                model, wave, sampling or Sampling(), max(1, batch_size), adapters is not None
-            )
+        by_name = adapters is not None
+        for wave in _waves(rows, named_adapters(model).budget if by_name else None):
+            batch = _Batch(model, wave, sampling or Sampling(), max(1, batch_size), by_name)
             while batch.rows:
                 yield from batch.round(ends)
     finally:

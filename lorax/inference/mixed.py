@@ -66,7 +66,8 @@ class MixedLayer(AdapterLayer):
         """(B, ...) -> (B, ...)."""
         y = self.base_layer(x)
         groups = [(self.layers[n], rows) for n, rows in self.rows.groups if n in self.layers]
-        if groups and uses_triton(x):
+        without_gradients = not torch.is_grad_enabled()  # which the kernel does not give
+        if groups and without_gradients and uses_triton(x) and y.is_contiguous():
             groups = _by_kernel(y, x, groups)
         for layer, rows in groups:
             at = _index(rows, x.device)

@@ -234,6 +234,22 @@ def test_by_the_segmented_kernel(folders, quantization):
     assert (found - expected).abs().max() < NEAR
 
 
+def test_the_kernel_gives_no_gradients_and_is_not_asked_for_them(folders):
+    model, gradients = lorax.load_model(folders["llama"] / "base"), {}
+    for name in ("0", "7"):
+        lorax.load_adapter(model, folders["llama"] / name, trainable=True, name=name)
+    for how in ("pytorch", "triton"):
+        with backend(how):
+            model(IDS[:2], adapters=["0", "7"]).square().mean().backward()
+        with lorax.use_adapter(model, "7"):
+            gradients[how] = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+            model.zero_grad()
+        with lorax.use_adapter(model, "0"):
+            model.zero_grad()
+    assert any(gradient.any() for gradient in gradients["pytorch"])
+    torch.testing.assert_close(gradients["triton"], gradients["pytorch"])
+
+
 # A researcher's own variant ------------------------------------------------------------------
 
 
@@ -297,3 +313,22 @@ def test_what_a_row_cannot_have_is_refused(folders, tmp_path):
         found = model(IDS, adapters=["head"] * ROWS)
     with lorax.use_adapter(model, "head"):
         assert torch.equal(found, logits(model, IDS))
+
+
+def test_a_name_that_another_adapter_takes_is_that_one(folders, tmp_path):
+    """Also where a batch in between was refused half way."""
+    folder = folders["llama"]
+    model = lorax.load_model(folder / "base")
+    base = llama().from_pretrained(folder / "base")
+    save(in_peft(base, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), tmp_path)
+    lorax.load_adapter(model, tmp_path, name="head")
+    lorax.load_adapter(model, folder / "0", name="x")  # on every Linear
+    with pytest.raises(AdapterError, match="'head' replaces"):
+        model(IDS[:2], adapters=["x", "head"])
+    lorax.named_adapters(model).remove("x")
+    lorax.load_adapter(model, folder / "3", name="x")  # on down_proj alone
+    with lorax.use_adapter(model, "x"):
+        expected = logits(model, IDS[:2])
+    with torch.no_grad():
+        found = model(IDS[:2], adapters=["x", None])
+    assert (found[0] - expected[0]).abs().max() < NEAR

@@ -27,6 +27,9 @@ PEFT, ADAPTERS = "tests/formats/test_peft.py", "tests/adapters/test_adapters.py"
 TEMPLATES, INSPECT = "tests/data/test_templates.py", "tests/inspect/test_inspect.py"
 ONCE = "tests/robustness/test_once_unnoticed.py"
 ROWS = "tests/inference/test_rows_together.py"
+NAMED = "tests/inference/test_named_adapters.py"
+MIXED = "tests/inference/test_mixed_batches.py"
+GENERATE_MIXED = "tests/inference/test_generate_mixed.py"
 LOOP = "lorax/training/*.py"
 SCHEDULE = "lorax/training/schedule.py"
 BATCHES = "lorax/data/batches.py"
@@ -187,6 +190,15 @@ INFERENCE_FAULTS = [
           "a row of a batch leaves places out", f"{ROWS} -k alone"),
     Fault("lorax/inference/native.c", "found[i + m * TILE];", "found[i];",
           "every row of a batch gets the first one's product", f"{ROWS} -k alone"),
+    Fault("lorax/inference/native.c", "sum += each[m]->scaling", "sum += p->scaling",
+          "every row of a batch has the first one's adapter's scale", f"{GENERATE_MIXED} -k bits"),
+    Fault(GENERATE, "may_go.sort(key=lambda one: one.used)", "pass",
+          "the adapters that came first leave memory, not those used longest ago",
+          f"{NAMED} -k recently"),
+    Fault(GENERATE, "known <= owner[\"adapted\"] and ", "",
+          "a variant that computes otherwise is taken for a low-rank path", f"{MIXED} -k outside"),
+    Fault(GENERATE, "if _stamps(one.directory) != one.stamps:", "if False:",
+          "an adapter comes back from disk as another one", f"{NAMED} -k checked_once"),
     Fault(GENERATE, "model.train(was_training)", "pass", "generating leaves eval mode",
           f"{ONCE} -k mode"),
     Fault("lorax/models/attention.py", ".tril(S - T)", ".tril()",
