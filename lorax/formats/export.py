@@ -10,11 +10,14 @@ from typing import Any
 
 from lorax.adapters.attached import adapter_layers
 from lorax.adapters.merge import unload_adapter
-from lorax.errors import UsageError
+from lorax.adapters.variants import of_file
+from lorax.errors import AdapterError, UsageError
 from lorax.formats import gguf_adapter, gguf_export
 from lorax.formats.gguf_writer import GGUFTensor, check_new
 from lorax.formats.instead import instead_of_adapter
+from lorax.formats.json_files import read_json
 from lorax.formats.open_model import open_model
+from lorax.formats.peft_directory import CONFIG
 from lorax.formats.places import find_place
 
 FORMATS = {"gguf": tuple(gguf_export.TYPES), "gguf-adapter": gguf_adapter.TYPES}
@@ -79,7 +82,12 @@ def export(
     gguf_export.check_type(type, FORMATS[format])
     output = output.expanduser()
     check_new(output)
-    if format == "gguf-adapter" and find_place(path, base).adapter is None:
+    adapter = find_place(path, base).adapter
+    if adapter is not None and format == "gguf":
+        variant = of_file(read_json(adapter / CONFIG))
+        if variant is not None and variant.no_merge:
+            raise AdapterError(f"{adapter / CONFIG}: {variant.no_merge}")
+    if adapter is None and format == "gguf-adapter":
         raise UsageError(
             f"{path}: no adapter there, of which a gguf-adapter is made; "
             f"{instead_of_adapter(Path(path).expanduser())}, or take --format gguf"

@@ -33,10 +33,14 @@ from lorax.adapters.stated import stated_config
 from lorax.adapters.tables import HEAD
 from lorax.adapters.variants import variant_of
 from lorax.errors import AdapterError, FormatError
-from lorax.formats.gguf_export import check_type, exported_config, layout_of
+from lorax.formats.gguf_export import (
+    check_type,
+    exported_config,
+    head_is_embedding,
+    layout_of,
+)
 from lorax.formats.gguf_layout import gguf_name, permute, permuted_heads
 from lorax.formats.gguf_writer import GGUFTensor, check_new, write_gguf
-from lorax.formats.written_config import is_tied
 from lorax.models.llama_config import LlamaConfig
 from lorax.models.model import Model
 
@@ -118,7 +122,7 @@ def _check_held(model: Model, layers: dict[str, AdapterLayer]) -> None:
     merged = [name for name, layer in layers.items() if layer.merged is not None]
     if merged:
         raise AdapterError(f"{merged[0]} is merged; unmerge_adapter(model) first")
-    if is_tied(model) or model.config.tie_word_embeddings:
+    if head_is_embedding(model):
         embedding = model.embedding_name.removesuffix(".weight")
         for name in (embedding, HEAD):
             if name in layers:

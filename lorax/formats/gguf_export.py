@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lorax.adapters.layer import AdapterLayer
+from lorax.adapters.tables import embedding_weight
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import FormatError, UnsupportedModel, UsageError
 from lorax.formats.gguf_files import GGUFFile
@@ -39,7 +40,6 @@ from lorax.formats.gguf_layout import (
 )
 from lorax.formats.gguf_vocabulary import vocabulary_fields
 from lorax.formats.gguf_writer import GGUFTensor, check_new, write_gguf
-from lorax.formats.written_config import is_tied
 from lorax.models.families import FAMILIES
 from lorax.models.llama_config import LlamaConfig, MistralConfig
 from lorax.models.model import Model
@@ -116,7 +116,7 @@ def exported_config(model: Model) -> LlamaConfig:
     Raises:
         UnsupportedModel: a family that lorax does not read from GGUF.
     """
-    config: Any = dataclasses.replace(model.config, tie_word_embeddings=is_tied(model))
+    config: Any = dataclasses.replace(model.config, tie_word_embeddings=head_is_embedding(model))
     if isinstance(config, MistralConfig):
         config = _as_llama(config)
     if config.gguf is None:
@@ -128,6 +128,13 @@ def exported_config(model: Model) -> LlamaConfig:
         )
     assert isinstance(config, LlamaConfig)
     return config
+
+
+def head_is_embedding(model: Model) -> bool:
+    """Whether one matrix is both, adapted or not."""
+    head = model.lm_head
+    head = head.base_layer if isinstance(head, AdapterLayer) else head
+    return getattr(head, "weight", None) is embedding_weight(model)
 
 
 def layout_of(config: LlamaConfig) -> Any:

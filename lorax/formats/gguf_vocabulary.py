@@ -112,7 +112,9 @@ _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 def _byte_level_fields(backend: Backend, state: dict[str, Any], where: str) -> dict[str, Any]:
     """Of byte-level BPE: the merges, and the family that cuts texts like this one."""
-    merges = [tuple(merge) for merge in state["model"]["merges"]]
+    merges = [" ".join(merge) for merge in state["model"]["merges"]]
+    if not merges:
+        raise UnsupportedModel(f"{where}: the tokenizer has no merges, which GGUF needs; {_KEEP}")
     for family in PRE_TOKENIZERS:
         like = byte_level({}, [], family, where)
         if _cut(json.loads(like.to_str())) == _cut(state):
@@ -122,7 +124,7 @@ def _byte_level_fields(backend: Backend, state: dict[str, Any], where: str) -> d
             f"{where}: GGUF has no name, which lorax knows, for how the tokenizer cuts a text "
             f"({json.dumps(state['pre_tokenizer'])[:300]}); {_KEEP}"
         )
-    return {"model": "gpt2", "pre": family, "merges": [" ".join(merge) for merge in merges]}
+    return {"model": "gpt2", "pre": family, "merges": merges}
 
 
 def _cut(state: dict[str, Any]) -> list[Any]:

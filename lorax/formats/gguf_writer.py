@@ -83,6 +83,8 @@ def _write(
     writer = gguf.GGUFWriter(path, architecture)
     try:
         for key, value in fields.items():
+            if value == []:  # which the package does not write, and no reader misses
+                continue
             _adder(writer, value)(key, value)
         for tensor in tensors:
             kind = gguf.GGMLQuantizationType[tensor.type]

@@ -26,9 +26,7 @@ def place(tmp_path_factory):
         write_tokenizer(written, place / name)
     for name, settings in {"adapter": {"use_rslora": True}, "dora": {"use_dora": True}}.items():
         peft = peft_model(source, r=4, target_modules="all-linear", **settings)
-        peft.base_model.model.name_or_path = peft.peft_config["default"].base_model_name_or_path = (
-            str(place / "base")
-        )
+        peft.peft_config["default"].base_model_name_or_path = str(place / "base")
         peft.save_pretrained(place / name)
     model = lorax.load_model(place / "base")
     lorax.add_adapter(model, lorax.PromptTuningConfig(num_virtual_tokens=2))
@@ -96,7 +94,7 @@ MISTAKES = {
     ),
     "dora": (["dora", "OUT", "--format", "gguf-adapter"], 4, "lora_magnitude_vector (DoRA)"),
     "a prompt": (["prompt", "OUT", "--format", "gguf"], 4, "prompt"),
-    "a prompt alone": (["prompt", "OUT", "--format", "gguf-adapter"], 4, "no prompt"),
+    "a prompt alone": (["prompt", "OUT", "--format", "gguf-adapter"], 4, "no Prompt tuning"),
     "another tokenizer": (["odd", "OUT", "--format", "gguf"], 4, "how the tokenizer cuts a text"),
 }
 

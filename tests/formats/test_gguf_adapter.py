@@ -126,7 +126,7 @@ TWO = ["q_proj", "v_proj"]
 REFUSED = {
     "dora": ("llama", {"use_dora": True}, r"q_proj has a lora_magnitude_vector.*\(DoRA\)"),
     "lora_bias": ("llama", {"lora_bias": True}, r"q_proj has a lora_B\.bias"),
-    "biases": ("qwen2", {"bias": "all"}, r"q_proj\.bias was trained"),
+    "biases": ("qwen2", {"bias": "all"}, r"q_proj\S*\.bias was trained"),
     "modules_to_save": ("llama", {"modules_to_save": ["lm_head"]}, r"lm_head\.weight was trained"),
     "token rows": ("llama", {"trainable_token_indices": [1, 5]},
                    r"embed_tokens has a token_adapter.trainable_tokens_delta"),

@@ -38,7 +38,8 @@ MODELS = {
     "phi3": lambda **c: family("phi3", **c),
     "phi3, window, tied": lambda **c: family("phi3: window", **c),
 }
-# transformers 5.23 opens these GGUFs; of the others its tables have no architecture.
+# transformers 5.23 passes over rope_freqs.weight: it opens a Llama 3.1's GGUF with plain rotations.
+OF_TRANSFORMERS = [kind for kind in MODELS if not kind.startswith("llama 3")]
 LAST_PLACE = 1e-5  # Gemma's norms have 1 added, which costs their last place
 
 
@@ -68,7 +69,7 @@ def test_float32_gives_the_same_logits_bit_for_bit(kind, tmp_path):
             assert torch.equal(parameter, mine.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", OF_TRANSFORMERS)
 def test_transformers_opens_it_with_the_same_logits(kind, tmp_path):
     from transformers import AutoModelForCausalLM
 
