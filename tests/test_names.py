@@ -22,6 +22,7 @@ COMMANDS = {
     "adapter add": "PATHS --output --weights --rank",
     "demo": "--output-dir --steps --model --dtype --device",
     "evaluate": f"--path --data --max-length --micro-batch-size --json {OPENING}",
+    "export": f"PATH OUTPUT --format --type --json {OPENING}",
     "generate": f"--path --prompt --max-new-tokens --temperature --top-p --seed --raw --no-raw "
     f"{OPENING}",
     "inspect adapter": "PATH --against --json",

@@ -13,6 +13,7 @@ before a command runs: each imports what it calls.
 from lorax.cli.adapter import adapter
 from lorax.cli.demo import demo
 from lorax.cli.evaluate import evaluate
+from lorax.cli.export import export
 from lorax.cli.generate import generate
 from lorax.cli.inspect import inspect
 from lorax.cli.merge import merge
@@ -24,5 +25,5 @@ from lorax.cli.terminal import out as out
 from lorax.cli.train import train
 from lorax.cli.verify import verify
 
-for command in (train, generate, evaluate, merge, inspect, adapter, verify, quantize, demo):
+for command in (train, generate, evaluate, merge, inspect, adapter, verify, quantize, export, demo):
     app.command(command)

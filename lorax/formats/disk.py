@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorax.errors import EnvironmentProblem
+from lorax.formats.litter import hidden_directory
 
 Writer = Callable[[Path], object]  # writes one whole file at the path that it is given
 
@@ -75,6 +76,20 @@ def write_whole(target: Path, files: dict[str, Writer], disk: Disk) -> None:
     except BaseException:
         disk.remove(temporary)
         raise
+    disk.sync(target.parent)
+
+
+def write_file_whole(target: Path, writer: Writer, disk: Disk) -> None:
+    """Write a single large file by the protocol, out of a hidden directory beside it.
+
+    Raises:
+        OSError: the disk is full or refuses; nothing is left of the attempt.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with hidden_directory(target.name, target.parent) as temporary:
+        disk.write(temporary / target.name, writer)
+        disk.sync(temporary / target.name)
+        disk.rename(temporary / target.name, target)
     disk.sync(target.parent)
 
 

@@ -1,10 +1,9 @@
 """llama.cpp's GGUF: a model and its tokenizer in one file, read through the gguf package.
 
-Names and some layouts differ from Hugging Face's; each family's config says how (`GGUFLayout`). A
-Llama's rows of q and k are permuted, because ggml rotates neighbouring pairs (2i, 2i + 1) there,
-where transformers rotates (i, i + D / 2). Gemma's norms have 1 added. And Llama 3's stretching of
-the rotations is stored as the finished factors, not as the four numbers behind them. Quantized
-tensors (Q4_1, Q8_0, K-quants ...) are decoded to float32 by the package.
+Names and the order of rows differ from Hugging Face's (gguf_layout.py), Gemma's norms have 1 added,
+and Llama 3's stretching of the rotations is stored as the finished factors, not as the four numbers
+behind them. Quantized tensors (Q4_1, Q8_0, K-quants ...) are decoded to float32 by the package.
+gguf_export.py writes such files.
 """
 
 from __future__ import annotations
@@ -22,50 +21,25 @@ from torch import Tensor
 from lorax.data.tokenizer import Tokenizer
 from lorax.errors import FormatError, UnsupportedModel
 from lorax.files import why_unreadable
+from lorax.formats.gguf_layout import (
+    KEYS,
+    LLAMA3,
+    OPTIONAL_KEYS,
+    ROPE_FACTORS,
+    hf_name,
+    permuted_heads,
+    unpermute,
+)
 from lorax.formats.gguf_tokenizer import build_tokenizer
 from lorax.formats.model_config import read_config
 from lorax.models.config import GGUFLayout
 from lorax.models.families import FAMILIES, Family
 from lorax.models.llama_config import LlamaConfig
 from lorax.models.rope import inverse_frequencies
-from lorax.models.stretching import Llama3Scaling
 
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-# Metadata below the architecture's name -> config.json's keys.
-_KEYS = {
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "context_length": "max_position_embeddings",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
-_OPTIONAL_KEYS = {
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "rope.freq_base": "rope_theta",
-}
 _NOT_COVERED = ("expert_count", "rope.scaling.type")
 _ROW_BYTES = 8192  # of a row that is decoded: 16 of them and their values fit the caches
-_ROPE_FACTORS = "rope_freqs.weight"
 _LONG_FACTORS = "rope_factors_long.weight"
-# The two settings of Llama 3.1 and 3.2, of which a GGUF keeps the outcome only.
-_LLAMA3 = (Llama3Scaling(8.0, 1.0, 4.0, 8192), Llama3Scaling(32.0, 1.0, 4.0, 8192))
 
 
 def open_gguf(path: Path) -> GGUFFile:
@@ -122,9 +96,9 @@ class GGUFFile:
         self._fields = fields
         self._family, self._layout = self._find_family()
         self._tensors = {
-            _hf_name(name, self._layout): t for name, t in tensors.items() if name != _ROPE_FACTORS
+            hf_name(name, self._layout): t for name, t in tensors.items() if name != ROPE_FACTORS
         }
-        self.config = self._read_config(tensors.get(_ROPE_FACTORS))
+        self.config = self._read_config(tensors.get(ROPE_FACTORS))
 
     @property
     def names(self) -> list[str]:
@@ -158,30 +132,20 @@ class GGUFFile:
         tensor = torch.from_numpy(values.astype(np.float32, copy=False))
         if name.endswith("norm.weight"):
             return tensor - self._layout.norm_offset if self._layout.norm_offset else tensor
-        if not self._layout.permutes:
+        heads = permuted_heads(name, self.config, self._layout)
+        if heads is None:
             return tensor
-        if name.endswith(("q_proj.weight", "k_proj.weight")) and (
-            tensor.dim() != 2 or len(tensor) != self._rows(name)
-        ):
+        rows = heads * self.config.head_dim
+        if tensor.dim() != 2 or len(tensor) != rows:
             raise FormatError(
                 f"{self.path}: {name} has the impossible shape {tuple(tensor.shape)}; "
-                f"expected {self._rows(name)} rows; get the file anew"
+                f"expected {rows} rows; get the file anew"
             )
-        if name.endswith("q_proj.weight"):
-            return _unpermute(tensor, self.config.num_attention_heads)
-        if name.endswith("k_proj.weight"):
-            return _unpermute(tensor, self.config.num_key_value_heads)
-        return tensor
+        return unpermute(tensor, heads)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in the file's metadata."""
         return build_tokenizer(self._fields, str(self.path))
-
-    def _rows(self, name: str) -> int:
-        config = self.config
-        is_query = name.endswith("q_proj.weight")
-        heads = config.num_attention_heads if is_query else config.num_key_value_heads
-        return heads * config.head_dim
 
     def _field(self, key: str, default: Any = None) -> Any:
         value = self._fields.get(key, default)
@@ -215,8 +179,8 @@ class GGUFFile:
         embedding = self._tensors.get("model.embed_tokens.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise FormatError(f"{self.path}: token_embd.weight must be a matrix; get the file anew")
-        values = {key: self._number(f"{architecture}.{name}") for name, key in _KEYS.items()}
-        for name, key in (_OPTIONAL_KEYS | dict(self._layout.keys)).items():
+        values = {key: self._number(f"{architecture}.{name}") for name, key in KEYS.items()}
+        for name, key in (OPTIONAL_KEYS | dict(self._layout.keys)).items():
             if f"{architecture}.{name}" in self._fields:
                 values[key] = self._number(f"{architecture}.{name}")
         values |= {
@@ -260,28 +224,12 @@ def _decoded(data: Any, kind: Any) -> Any:
 
 def _with_scaling(config: LlamaConfig, factors: Tensor, where: str) -> LlamaConfig:
     plain = inverse_frequencies(config, torch.device("cpu"))
-    for scaling in _LLAMA3:
+    for scaling in LLAMA3:
         scaled = replace(config, llama3_scaling=scaling)
         mine = plain / inverse_frequencies(scaled, torch.device("cpu"))
         if mine.shape == factors.shape and torch.allclose(mine, factors.float(), rtol=1e-4):
             return scaled
     raise UnsupportedModel(
-        f"{where}: {_ROPE_FACTORS} is neither Llama 3.1's nor Llama 3.2's; "
+        f"{where}: {ROPE_FACTORS} is neither Llama 3.1's nor Llama 3.2's; "
         "load the model's Hugging Face directory instead"
     )
-
-
-def _hf_name(name: str, layout: GGUFLayout) -> str:
-    if name in _NAMES:
-        return _NAMES[name]
-    parts = name.split(".")
-    below = (_LAYER_NAMES | dict(layout.names)).get(parts[2]) if len(parts) == 4 else None
-    if below is not None and parts[0] == "blk":
-        return f"model.layers.{parts[1]}.{below}.{parts[3]}"
-    return name
-
-
-def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from (0, D/2, 1, D/2 + 1, ...) back to (0, 1, 2, ...)."""
-    rows, width = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)

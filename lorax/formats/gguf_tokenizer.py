@@ -20,15 +20,17 @@ from lorax.formats.sentencepiece_files import merges_of
 from lorax.formats.tokenizer_backend import frame_texts
 from lorax.formats.tokenizer_classes import QWEN2_SPLIT, build_llama, split_bytes
 
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _QWEN2 = ("qwen2", "deepseek-r1-qwen")
-_CONTROL, _USER_DEFINED = 3, 4  # ggml's kinds of tokens
-_SPECIAL = {
+PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe", "qwen2")  # as they are written
+CONTROL, USER_DEFINED = 3, 4  # ggml's kinds of tokens
+END_KEYS = ("eot_token_id", "eom_token_id")  # further tokens that end an answer
+SPECIAL = {
     "bos_token": "bos",
     "eos_token": "eos",
     "pad_token": "padding",
@@ -56,7 +58,8 @@ def build_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
         if template is not None and not isinstance(template, str):
             raise ValueError("the chat template is no text")
         about["tokens"] = _texts(about["tokens"])
-        special = {key: t for key in _SPECIAL if (t := _special(about, key)) is not None}
+        special = {key: t for key in SPECIAL if (t := _special(about, key)) is not None}
+        ends = [end for key in END_KEYS if (end := _number(about, key)) is not None]
         backend = _backend(about, special, where)
     except (KeyboardInterrupt, SystemExit, UnsupportedModel):
         raise
@@ -72,6 +75,7 @@ def build_tokenizer(fields: dict[str, Any], where: str) -> Tokenizer:
         eos_token=special.get("eos_token"),
         pad_token=special.get("pad_token"),
         unk_token=special.get("unk_token"),
+        end_token_ids=ends,
         chat_template=template,
     )
 
@@ -80,7 +84,8 @@ def _backend(about: dict[str, Any], special: dict[str, str], where: str) -> Back
     kind = about.get("model")
     vocab = {token: index for index, token in enumerate(about["tokens"])}
     if kind == "gpt2":
-        backend = _byte_level(vocab, about, where)
+        merges = [_pair(merge) for merge in _texts(about["merges"])]
+        backend = byte_level(vocab, merges, about.get("pre"), where)
     elif kind == "llama":
         backend = _sentencepiece(vocab, about)
     else:
@@ -90,9 +95,9 @@ def _backend(about: dict[str, Any], special: dict[str, str], where: str) -> Back
             "directory"
         )
     for token, token_kind in zip(about["tokens"], about["token_type"], strict=True):
-        if token_kind == _CONTROL:
+        if token_kind == CONTROL:
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif token_kind == _USER_DEFINED:
+        elif token_kind == USER_DEFINED:
             backend.add_tokens([AddedToken(token, normalized=False)])
     if kind == "llama":
         backend.add_special_tokens(list(dict.fromkeys(special.values())))
@@ -103,9 +108,14 @@ def _backend(about: dict[str, Any], special: dict[str, str], where: str) -> Back
     return backend
 
 
-def _byte_level(vocab: dict[str, int], about: dict[str, Any], where: str) -> Backend:
-    merges = [_pair(merge) for merge in _texts(about["merges"])]
-    family = about.get("pre")
+def byte_level(
+    vocab: dict[str, int], merges: list[tuple[str, str]], family: str | None, where: str
+) -> Backend:
+    """Byte-level BPE by the rules of a family, `tokenizer.ggml.pre`.
+
+    Raises:
+        UnsupportedModel: a family that is not covered.
+    """
     model = models.BPE(vocab=vocab, merges=merges, ignore_merges=family in _LLAMA3)
     backend = Backend(model)
     backend.pre_tokenizer = _pre_tokenizer(family, where)
@@ -131,8 +141,16 @@ def _pair(merge: str) -> tuple[str, str]:
     return left, right
 
 
+def _number(about: dict[str, Any], key: str) -> int | None:
+    """A token's id, which has to be one."""
+    number = about.get(key)
+    if number is not None and not 0 <= number < len(about["tokens"]):
+        raise ValueError(f"{key} {number} is no token")
+    return number
+
+
 def _special(about: dict[str, Any], name: str) -> str | None:
-    number = about.get(f"{_SPECIAL[name]}_token_id")
+    number = about.get(f"{SPECIAL[name]}_token_id")
     if number is None:
         return None
     if number < 0:
@@ -150,9 +168,9 @@ def _pre_tokenizer(family: str | None, where: str) -> pre_tokenizers.PreTokenize
     """How a text is cut before the merges: each family has its own expression."""
     if family == "smollm":
         digits: Any = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, split_bytes(_GPT2_SPLIT)])
+        return pre_tokenizers.Sequence([digits, split_bytes(GPT2_SPLIT)])
     if family in ("gpt-2", "gpt2"):
-        return split_bytes(_GPT2_SPLIT)
+        return split_bytes(GPT2_SPLIT)
     if family in _LLAMA3:
         return split_bytes(_LLAMA3_SPLIT)
     if family in _QWEN2:

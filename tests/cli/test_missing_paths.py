@@ -26,6 +26,7 @@ COMMANDS = [
     "merge gone/x out",
     "merge gone/x --report",
     "quantize gone/x out",
+    "export gone/x out --format gguf",
     "verify gone/x",
     "inspect quantization gone/x",
     "inspect adapter gone/x",

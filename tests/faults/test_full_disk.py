@@ -65,6 +65,7 @@ COMMANDS = {
     "verify --html": (["verify", "run/adapter", "--tokens", "16", "--html", "OUT"], 3000),
     "merge --report": (["merge", "run/adapter", "OUT", "--report", "--tokens", "16"], 3000),
     "verify --run --html": (["verify", "--run", "run", "--html", "OUT"], 40_000),
+    "export": (["export", "run/adapter", "OUT", "--format", "gguf-adapter"], 3000),
     "adapter add": (["adapter", "add", "run/adapter", "--weights", "1", "--output", "OUT"], 300),
     "inspect quantization": (["inspect", "quantization", "model", "--plot", "OUT"], 3000),
     "inspect data --html": (["inspect", "data", "run/config.toml", "--html", "OUT"], 300),
