@@ -12,6 +12,7 @@ before a command runs: each imports what it calls.
 
 from lorax.cli.adapter import adapter
 from lorax.cli.demo import demo
+from lorax.cli.estimate import estimate
 from lorax.cli.evaluate import evaluate
 from lorax.cli.generate import generate
 from lorax.cli.inspect import inspect
@@ -26,3 +27,4 @@ from lorax.cli.verify import verify
 
 for command in (train, generate, evaluate, merge, inspect, adapter, verify, quantize, demo):
     app.command(command)
+app.command(estimate)
