@@ -2,13 +2,12 @@
 
 Tensors on a CPU are blocks of malloc's. It serves a block from the smallest hole that fits, else
 from the heap's end, which grows; a block above a threshold that no hole fits is mapped by itself.
-The threshold starts at 128 kB and rises to the size of each mapped block that is freed, up to 32 MB,
-so in the end nearly all lie in the heap; holes between blocks that live longer stay resident.
+The threshold starts at 128 kB and rises to the size of each mapped block that is freed, up to 32
+MB, so in the end nearly all lie in the heap; holes between blocks that live longer stay resident.
 
 torch asks for blocks at multiples of 64 bytes. For that malloc looks for 96 bytes more and gives
-back what it does not need, so a hole that a block has left is too small for the next one of the same
-size: before glibc 2.38 such holes stay empty, and a step takes half as much again as its tensors
-(malloc.c: `_int_memalign`, `_int_malloc`, `sysmalloc`, `_int_free`, `systrim`).
+back what it does not need, so a hole that a block has left is too small for the next one of its
+size (malloc.c of glibc 2.36: `_int_memalign`, `_int_malloc`, `sysmalloc`, `_int_free`, `systrim`).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ import resource
 import sys
 from pathlib import Path
 
-# Pages of torch's libraries that a first step touches, measured with torch 2.13 on a CPU by a run of
-# a model of next to nothing: `python benchmarks/estimates.py --process` measures it again.
+# Pages of torch's libraries that a first step touches, with torch 2.13 on a CPU: what a run of a
+# model of next to nothing adds, which `python benchmarks/estimates.py --process` measures.
 FIRST_STEP_BYTES = 50_000_000
 _STATUS, _LIMITS = Path("/proc/self/status"), Path("/sys/fs/cgroup")
 
@@ -18,9 +18,9 @@ def process_bytes() -> int:
 
     Ask while this process holds no model. torch's Optimizer imports torch._dynamo when it is made.
     """
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
 
-    import lorax.training.loop  # noqa: F401 - what a run imports is to be in memory
+    import lorax.training.loop  # noqa: F401
 
     return resident_bytes() + FIRST_STEP_BYTES
 
@@ -43,7 +43,7 @@ def peak_bytes() -> int:
 
 
 def free_bytes(device: str) -> int | None:
-    """What a process can still get there: of a GPU, or of the machine or container; None: unknown."""
+    """What a process can still get of a GPU, or of the machine or container; None: unknown."""
     if device != "cpu":
         import torch
 

@@ -1,11 +1,11 @@
-"""A step of lorax's own code on tensors that have no memory: every allocation and release, in order.
+"""A step of lorax's own code on tensors without memory: each allocation and release, in order.
 
-torch's FakeTensors have shapes, dtypes and a device, and every operator knows which shapes it gives.
-So the code that trains runs as it stands, the hand-written step or the plain one, any family, any
+torch's FakeTensors have shapes, dtypes and a device, and operators know which shapes they give. So
+the code that trains runs as it stands, the hand-written step or the plain one, any family, any
 variant of adapter, and a mode below autograd writes down when a storage appears and when the last
 reference to it goes:
 
-    forward, layer by layer      + what is kept for the backward pass, and + - what is needed besides
+    forward, layer by layer      + what is kept for the backward pass, + - what else it needs
     loss                         + - blocks of logits
     backward, layer by layer     + gradients, - what was kept
 
