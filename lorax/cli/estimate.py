@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -11,19 +11,16 @@ from lorax.cli.options import Device, Json, LocalPath, Positive
 from lorax.cli.overrides import Overrides, read_recipe
 from lorax.cli.terminal import print_found, say
 
-Method = Literal["full", "lora", "qlora"]
-Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"]
-
 
 def estimate(
     model: str,
     /,
     *overrides: Overrides,
     method: Annotated[
-        tuple[Method, ...], Parameter(help="Methods to compare.", consume_multiple=True)
+        tuple[str, ...], Parameter(help="full, lora, qlora.", consume_multiple=True)
     ] = ("full", "lora", "qlora"),
     optimizer: Annotated[
-        tuple[Optimizer, ...], Parameter(help="Optimizers to compare.", consume_multiple=True)
+        tuple[str, ...], Parameter(help="As in a recipe's train.optimizer.", consume_multiple=True)
     ] = ("adamw",),
     r: Annotated[tuple[Positive, ...], Parameter(help="Ranks.", consume_multiple=True)] = (16,),
     target_modules: Annotated[
