@@ -21,6 +21,8 @@ OPENING = "--base --quantization --dtype --device --check-base --no-check-base"
 COMMANDS = {
     "adapter add": "PATHS --output --weights --rank",
     "demo": "--output-dir --steps --model --dtype --device",
+    "estimate": "MODEL --method --optimizer --r --target-modules --batch --length --dtype "
+    "--quantization --gradient-checkpointing --device --plot --json",
     "evaluate": f"--path --data --max-length --micro-batch-size --json {OPENING}",
     "export": f"PATH OUTPUT --format --type --json {OPENING}",
     "generate": f"--path --prompt --max-new-tokens --temperature --top-p --seed --raw --no-raw "

@@ -12,6 +12,7 @@ before a command runs: each imports what it calls.
 
 from lorax.cli.adapter import adapter
 from lorax.cli.demo import demo
+from lorax.cli.estimate import estimate
 from lorax.cli.evaluate import evaluate
 from lorax.cli.export import export
 from lorax.cli.generate import generate
@@ -27,3 +28,4 @@ from lorax.cli.verify import verify
 
 for command in (train, generate, evaluate, merge, inspect, adapter, verify, quantize, export, demo):
     app.command(command)
+app.command(estimate)

@@ -37,6 +37,11 @@ def tell(text: str) -> None:
     err.print(text, style="dim", soft_wrap=True)
 
 
+def warn(text: str) -> None:
+    """A warning, on stderr."""
+    err.say_line(text, "warning: ")
+
+
 def note(text: str) -> None:
     """A line for who sits before it: only where stderr is a terminal."""
     if err.is_terminal:

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from lorax.cli.options import LocalPath
 from lorax.cli.overrides import Overrides, read_recipe
-from lorax.cli.terminal import out, say
+from lorax.cli.terminal import out, say, warn
 
 
 def train(
@@ -36,6 +36,7 @@ def train(
 
         out.print(describe(checked), soft_wrap=True)
         return
+    from lorax.inspect.estimate.watch import MemoryWatch
     from lorax.progress import TrainingProgress
     from lorax.training.loop import train as run_recipe
 
@@ -43,8 +44,8 @@ def train(
         import torch
 
         torch.set_num_threads(checked.runtime.threads)
-    with TrainingProgress(out) as progress:
-        run = run_recipe(checked, progress, resume=resume)
+    with TrainingProgress(out) as progress, MemoryWatch(progress, say, warn) as watch:
+        run = run_recipe(checked, watch, resume=resume)
     say(f"{run.result.name:<8} {run.result}")
     if (run.output_dir / "loss.png").is_file():
         say(f"picture  {run.output_dir / 'loss.png'}")

@@ -46,12 +46,12 @@ def stated_dtype(found: dict[str, Any]) -> torch.dtype | None:
 def new_model(config: ModelConfig) -> Model:
     """The model without memory: every parameter on the meta device, frozen, in eval mode."""
     family = find_family(config.model_type, type(config).__name__)
-    with torch.device("meta"), _Undrawn():
+    with torch.device("meta"), undrawn():
         model = family.model_class(config)
     return model.requires_grad_(False).eval()
 
 
-class _Undrawn(TorchFunctionMode):
+class undrawn(TorchFunctionMode):  # noqa: N801 - used as `with undrawn():`
     """Inside, torch.nn.init leaves tensors as they are.
 
     There is nothing to draw on the meta device, and `normal_` there imports torch's compiler, which

@@ -23,6 +23,7 @@ from lorax.quant.tensor import QuantizedTensor
 from lorax.training.fast import products
 
 DTYPES = (torch.float32, torch.bfloat16)
+PARAMETERS = {nn.Parameter}  # of exactly these classes; inspect/estimate adds one without memory
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def takes(x: Tensor) -> bool:
 def _is_frozen_base(module: nn.Module, x: Tensor) -> bool:
     if type(module) is nn.Linear:
         weight = module.weight
-        known = type(weight) is nn.Parameter and weight.dtype == x.dtype
+        known = type(weight) in PARAMETERS and weight.dtype == x.dtype
         known = known and not weight.requires_grad and weight.device == x.device
     elif type(module) is QuantizedLinear:
         stored = module.quantized
