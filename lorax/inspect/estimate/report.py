@@ -65,17 +65,23 @@ def parts(found: Estimate) -> Iterator[str | Table]:
 
 
 def table(found: Sequence[Estimate]) -> Iterator[str | Table]:
-    """Several ways to train one model, beside each other: which fits where."""
-    made = Table("method", "trainable", "weights", "states", "a pass", "peak")
-    for card in CARDS:
-        made.add_column(f"{card} GB")
+    """Several ways to train one model, beside each other, and the smallest card that holds each."""
+    shapes = {one.setting.shape for one in found}
+    title = ["memory in GB, parameters in millions"]
+    yield "; ".join([*shapes, *title] if len(shapes) == 1 else title)
+    made = Table("method")
+    for title in ("trained", "weights", "states", "a pass", "peak", "fits in"):
+        made.add_column(title, no_wrap=True, justify="right")
     for one in found:
         held = one.parts
         states = held.adapter + held.gradients + held.optimizer
         numbers = (held.weights, states, held.activations + held.logits, one.peak_bytes)
-        fits = ["fits" if one.fits(card) else "-" for card in CARDS]
-        made.add_row(one.setting.line, f"{one.trainable:,}", *map(size, numbers), *fits)
+        fits = next((f"{card} GB" for card in CARDS if one.fits(card)), "none")
+        words = [one.setting.words] + ([one.setting.shape] if len(shapes) > 1 else [])
+        trained = f"{one.trainable / 1e6:,.1f}"
+        made.add_row(", ".join(words), trained, *(f"{n / 1e9:,.2f}" for n in numbers), fits)
     yield made
+    yield f"fits in: the smallest of {', '.join(map(str, CARDS))} GB"
     yield from _note(found[0])
 
 

@@ -70,11 +70,20 @@ class Setting:
     @property
     def line(self) -> str:
         """The setting in a few words."""
+        return f"{self.words}, {self.shape}"
+
+    @property
+    def words(self) -> str:
+        """How is trained."""
         words = [self.method, self.quantization or self.dtype]
         words += [f"r = {self.adapter.r}"] if isinstance(self.adapter, LoRAConfig) else []
-        words += [self.optimizer, f"{self.batch} x {self.length} tokens"]
-        words += ["checkpointing"] if self.checkpointing else []
+        words += [self.optimizer] + (["checkpointing"] if self.checkpointing else [])
         return ", ".join(words)
+
+    @property
+    def shape(self) -> str:
+        """What goes through the model in a pass."""
+        return f"{self.batch} x {self.length} tokens"
 
 
 def setting_of(method: str, dtype: str, **values: Any) -> Setting:
