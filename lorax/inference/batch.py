@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorax.inference.gpu import decoder_of
 from lorax.inference.rows import RowsCache
 from lorax.inference.twins import with_twins
 from lorax.models import Model
@@ -90,6 +91,7 @@ class _Batch:
         with torch.no_grad():
             self.model = with_twins(model)
         self.cache = RowsCache(self.model, slots, max(len(r.seen) + r.left for r in rows))
+        self.decoder = decoder_of(self.model, self.cache)
         self.free = deque(range(slots))
         self.waiting = deque(rows)
         self.rows: list[Row] = []
@@ -132,9 +134,7 @@ class _Batch:
                 hidden[row.index] = self.model.hidden_states(ids, whole)[0, -1]
                 row.has_begun = True
         if together:
-            ids = torch.tensor([row.seen[-1:] for row in together], device=self.device)  # (B, 1)
-            step = self.cache.step([row.slot for row in together])
-            last = self.model.hidden_states(ids, step)[:, -1]  # (B, C)
+            last = self._step([row.slot for row in together], [row.seen[-1] for row in together])
             hidden |= {row.index: last[i] for i, row in enumerate(together)}
         logits = self.model.logits(torch.stack([hidden[row.index] for row in self.rows]))  # (B, V)
         if self.sampling.temperature == 0:
@@ -144,6 +144,14 @@ class _Batch:
             draw(row_logits.float(), *how, row.generator)
             for row_logits, row in zip(logits, self.rows, strict=True)
         ]
+
+
+    def _step(self, slots: list[int], tokens: list[int]) -> Tensor:
+        """The hidden states (B, C) of one token for each slot."""
+        if self.decoder is not None:
+            return self.decoder.step(slots, tokens)
+        ids = torch.tensor(tokens, device=self.device)[:, None]  # (B, 1)
+        return self.model.hidden_states(ids, self.cache.step(slots))[:, -1]
 
 
 def draw(
