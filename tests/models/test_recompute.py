@@ -6,6 +6,7 @@ from oracles import LLAMA_KINDS, gpt2, llama, tokens
 from peft_pairs import pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorax.training.fast.install import accelerated
 from lorax.training.loss import summed_loss
 
 POLICIES = (False, "selective", True)
@@ -52,6 +53,20 @@ def test_each_policy_has_the_same_gradients_to_the_bit(make, tmp_path):
             assert torch.equal(found[policy][1][name], gradient), name
     products = {policy: found[policy][2].products for policy in POLICIES}
     assert products["selective"] == products[False] < products[True]
+
+
+@pytest.mark.parametrize("make", BASES.values(), ids=list(BASES))
+def test_the_hand_written_step_of_a_cpu_under_each_policy(make, tmp_path):
+    """Its Functions write into what their products gave: that may not be kept."""
+    _, model = pair(make(), tmp_path, trainable=True, **ALL)
+    ids, found = tokens(2, 13), {}
+    for policy in POLICIES:
+        model.gradient_checkpointing = policy
+        with accelerated(model):
+            found[policy] = step(model, ids)
+    for policy in ("selective", True):
+        for name, gradient in found[False][1].items():
+            assert torch.equal(found[policy][1][name], gradient), name
 
 
 def test_selective_computes_the_norms_again(tmp_path):
