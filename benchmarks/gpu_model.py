@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,14 @@ RANK = 16
 BATCHES = ((1, 2048), (4, 2048))
 POLICIES = (True, "selective", False)
 Row = dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """As lorax/data/batches.py has it, whose room needs more packages than a bare machine has."""
+
+    input_ids: Tensor
+    labels: Tensor
+    documents: None = None
 
 
 def shape_of(tiny: bool) -> dict[str, Any]:
@@ -126,12 +134,11 @@ def batch_of(rows: int, length: int, tiny: bool, device: str) -> Tensor:
 
 def lorax_step(model: Any, ids: Tensor, optimizer: Any) -> Callable[[], Tensor]:
     """One optimizer step, as the training loop takes it; its loss, on the device."""
-    from lorax.data.batches import MicroBatch
     from lorax.optim.clip import clip_later, clips_later
     from lorax.training.loss import summed_loss
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    batch, tokens = MicroBatch(ids, ids), ids[:, 1:].numel()
+    batch, tokens = Batch(ids, ids), ids[:, 1:].numel()
 
     def step() -> Tensor:
         graphs = model.step_graphs

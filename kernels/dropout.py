@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorax.kernels import tuning
 from lorax.kernels.drop import Drop
-from lorax.kernels.launch import launch
+from lorax.kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def add_dropped(dx: Tensor, dh: Tensor, A: Tensor, drop: Drop) -> Tensor:
     rows, columns = 64, 128 if dx.dtype != torch.float32 else 64
     launch(
         _add_dropped_kernel,
-        (triton.cdiv(M, rows), triton.cdiv(C, columns)),
+        (cdiv(M, rows), cdiv(C, columns)),
         dx,
         dh,
         A.contiguous(),

@@ -60,6 +60,16 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; triton.cdiv, called from the host, takes ten microseconds."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def runs_assembly(device: torch.device) -> bool:
     """Whether inline assembly runs, or is compiled: not in the interpreter."""
     return _capability is not None or device.type == "cuda"

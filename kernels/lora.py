@@ -32,7 +32,7 @@ from lorax.kernels import matmul, tuning
 from lorax.kernels.common import sum_of_splits
 from lorax.kernels.drop import Drop
 from lorax.kernels.dropout import kept
-from lorax.kernels.launch import capability, empty, launch, split_buffers
+from lorax.kernels.launch import capability, cdiv, empty, launch, split_buffers
 from lorax.kernels.weight import PackedWeight
 
 TILE = 64  # rows of a product's left operand: what a Hopper warp group multiplies at once
@@ -161,9 +161,9 @@ def down(
     (M, C), rank = rows.shape, A.shape[0]
     h = empty((M, rank), x.dtype, x.device) if out is None else out
     step = STEPS[x.element_size()]
-    tiles, steps = triton.cdiv(M, TILE), triton.cdiv(C, step)
+    tiles, steps = cdiv(M, TILE), cdiv(C, step)
     width = tuning.rank_tile(rank, tuning.RANKS_ALONE)
-    widths = triton.cdiv(rank, width)
+    widths = cdiv(rank, width)
     splits = tuning.splits(capability(x.device), tiles * widths, steps)
     launch(
         _down_kernel,
@@ -199,9 +199,9 @@ def cross(left: Tensor, right: Tensor, scaling: float = 1.0, drop: Drop | None =
         wide, thin, strides = right, left, (out.stride(1), out.stride(0))
     (M, C), rank = wide.shape, thin.shape[1]
     step = STEPS[left.element_size()]
-    tiles, steps = triton.cdiv(C, TILE), triton.cdiv(M, step)
+    tiles, steps = cdiv(C, TILE), cdiv(M, step)
     width = tuning.rank_tile(rank, tuning.RANKS_ALONE)
-    widths = triton.cdiv(rank, width)
+    widths = cdiv(rank, width)
     splits = tuning.splits(capability(left.device), tiles * widths, steps)
     launch(
         _cross_kernel,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lorax.kernels import tuning
 from lorax.kernels.common import block_scales, sum_of_splits
-from lorax.kernels.launch import capability, empty, launch, runs_assembly, split_buffers
+from lorax.kernels.launch import capability, cdiv, empty, launch, runs_assembly, split_buffers
 from lorax.kernels.nibbles import plane, plane_by_look_up, texts_of
 from lorax.kernels.weight import PackedWeight, go_together
 
@@ -315,7 +315,7 @@ def products(
     first_rows, first_tiles = [0], [0]
     for size in sizes:
         first_rows.append(first_rows[-1] + size)
-        first_tiles.append(first_tiles[-1] + triton.cdiv(size, config.rows))
+        first_tiles.append(first_tiles[-1] + cdiv(size, config.rows))
     y = empty((M, first_rows[-1]), x.dtype, x.device)
     tiles, steps = first_tiles[-1], K // STEP
     splits = min(8, tuning.splits(gpu, tiles, steps))
@@ -341,7 +341,7 @@ def products(
         h,
         y,
         *split_buffers(x.device, tiles, splits, config.rows * columns),
-        *(M, K // 8, y.shape[1], h.shape[1], triton.cdiv(steps, splits)),
+        *(M, K // 8, y.shape[1], h.shape[1], cdiv(steps, splits)),
         RANKS=tuple(ranks),
         RANK_TILE=tuning.rank_tile(max(ranks), tuning.RANKS_BESIDE_A_PRODUCT),
         COUNT=len(weights),
@@ -370,14 +370,14 @@ def _arranged(
     first_columns, first_tiles = [0], [0]
     for rank in ranks:
         first_columns.append(first_columns[-1] + rank)
-        first_tiles.append(first_tiles[-1] + triton.cdiv(rank, width))
+        first_tiles.append(first_tiles[-1] + cdiv(rank, width))
     starts = iter(first_columns)
     firsts = [0 if A is None else next(starts) for A in downs]
     xp = empty((K // STEP, 8, columns, WORDS), x.dtype, x.device)
     h = empty((M, max(1, first_columns[-1])), x.dtype, x.device)
     steps = K // STEP
     splits = min(32, steps)
-    per_split = triton.cdiv(steps, splits) * STEP
+    per_split = cdiv(steps, splits) * STEP
     launch(
         _arrange_kernel,
         (1 + first_tiles[-1], splits),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, float32
 
-from lorax.kernels.launch import empty, launch
+from lorax.kernels.launch import empty, launch, power_of_2
 
 
 @triton.jit
@@ -111,6 +111,6 @@ def norm_backward(
 
 
 def _options(C: int) -> dict[str, int | bool]:
-    width = triton.next_power_of_2(C)
+    width = power_of_2(C)
     warps = min(16, max(4, width // 512))
     return {"WIDTH": width, "num_warps": warps, "enable_fp_fusion": True}

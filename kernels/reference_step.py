@@ -156,6 +156,20 @@ def decode_rows(
     return out.copy_(F.pad(below, (0, 0, 0, out.shape[0] - below.shape[0])))
 
 
+def products(
+    x: Tensor,
+    weights: Sequence[PackedWeight],
+    biases: Sequence[Tensor | None],
+    paths: Sequence[tuple[Tensor, Tensor, float] | None],
+) -> Tensor:
+    """Twin of narrow.products."""
+    found = []
+    for weight, bias, path in zip(weights, biases, paths, strict=True):
+        low = None if path is None else (reference.down(x, path[0]), path[1], path[2])
+        found.append(reference.matmul(x, weight, bias, low))
+    return torch.cat(found, 1)
+
+
 def _dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
     return reference.dequantize(weight, out)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorax.kernels.launch import launch
+from lorax.kernels.launch import cdiv, launch, power_of_2
 
 
 @triton.jit
@@ -55,10 +55,10 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, heads: int, back: bool = False) -
         back: turn the other way, as gradients do.
     """
     T, D = cos.shape
-    half, together = triton.next_power_of_2(D // 2), 16
+    half, together = power_of_2(D // 2), 16
     launch(
         _rope_kernel,
-        (x.shape[0], triton.cdiv(heads, together)),
+        (x.shape[0], cdiv(heads, together)),
         x,
         cos,
         sin,

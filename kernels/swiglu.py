@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorax.kernels.launch import empty, launch
+from lorax.kernels.launch import cdiv, empty, launch
 
 TILE = 1024  # columns a program
 
@@ -57,7 +57,7 @@ def swiglu(both: Tensor, out: Tensor | None = None) -> Tensor:
     strides = both.stride(0), a.stride(0)
     launch(
         _swiglu_kernel,
-        (M, triton.cdiv(width, TILE)),
+        (M, cdiv(width, TILE)),
         *(both, a, width, *strides),
         TILE=TILE,
         num_warps=4,
@@ -77,7 +77,7 @@ def swiglu_backward(da: Tensor, both: Tensor, out: Tensor | None = None) -> tupl
     strides = da.stride(0), both.stride(0), dboth.stride(0), a.stride(0)
     launch(
         _swiglu_backward_kernel,
-        (M, triton.cdiv(width, TILE)),
+        (M, cdiv(width, TILE)),
         *(da, both, dboth, a, width, *strides),
         TILE=TILE,
         num_warps=4,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorax.inference.gpu import decoder_of
 from lorax.inference.named import named_adapters
 from lorax.inference.rows import RowsCache
 from lorax.inference.twins import with_twins
@@ -144,6 +145,7 @@ class _Batch:
             self.assigned = Assigned(model, rows) if by_name else None
             self.model = with_twins(model) if self.assigned is None else self.assigned.twin
         self.cache = RowsCache(self.model, slots, max(len(r.seen) + r.left for r in rows))
+        self.decoder = None if by_name else decoder_of(self.model, self.cache)
         self.free = deque(range(slots))
         self.waiting = deque(rows)
         self.rows: list[Row] = []
@@ -191,10 +193,8 @@ class _Batch:
                     hidden[row.index] = self.model.hidden_states(ids, whole)[0, -1]
                 row.has_begun = True
         if together:
-            ids = torch.tensor([row.seen[-1:] for row in together], device=self.device)  # (B, 1)
-            step = self.cache.step([row.slot for row in together])
             with self._adapters_of(together):
-                last = self.model.hidden_states(ids, step)[:, -1]  # (B, C)
+                last = self._step([r.slot for r in together], [r.seen[-1] for r in together])
             hidden |= {row.index: last[i] for i, row in enumerate(together)}
         with self._adapters_of(self.rows):
             logits = self.model.logits(torch.stack([hidden[r.index] for r in self.rows]))  # (B, V)
@@ -205,6 +205,13 @@ class _Batch:
             draw(row_logits.float(), *how, row.generator)
             for row_logits, row in zip(logits, self.rows, strict=True)
         ]
+
+    def _step(self, slots: list[int], tokens: list[int]) -> Tensor:
+        """The hidden states (B, C) of one token for each slot."""
+        if self.decoder is not None:
+            return self.decoder.step(slots, tokens)
+        ids = torch.tensor(tokens, device=self.device)[:, None]  # (B, 1)
+        return self.model.hidden_states(ids, self.cache.step(slots))[:, -1]
 
 
 def draw(

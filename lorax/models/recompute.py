@@ -43,5 +43,5 @@ def recomputed(policy: bool | str, layer: nn.Module, *inputs: Any) -> Tensor:
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = operator in KEPT
+    keep = operator in KEPT and torch.is_grad_enabled()
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -11,13 +11,25 @@ are those of `clip_grad_norm_`, which everything else takes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lorax.optim.adamw import AdamW
 from lorax.optim.fused import KERNEL_DTYPES
+
+
+def clip(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    most: float,
+    now: Callable[[list[nn.Parameter], float], Tensor],
+) -> Tensor:
+    """The norm before clipping to `most`: in the optimizer's next step where it can, else `now`."""
+    if isinstance(optimizer, AdamW) and clips_later(optimizer, parameters):
+        return clip_later(optimizer, parameters, most)
+    return now(parameters, most)
 
 
 def clips_later(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:

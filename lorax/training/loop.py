@@ -34,7 +34,7 @@ from lorax.data.tokenizer import Tokenizer
 from lorax.data.vocabulary import padding_id
 from lorax.errors import NumericalStop
 from lorax.models import Model
-from lorax.optim.clip import clip_later, clips_later
+from lorax.optim.clip import clip
 from lorax.training.callbacks import Callback, Callbacks
 from lorax.training.checkpoint import clear_litter, newest_checkpoint, rotate, write_checkpoint
 from lorax.training.digests import StepDigests
@@ -282,7 +282,8 @@ class Training:
             penalty.backward()
         if self.digests is not None:
             self.digests.gradients()
-        loss_value, grad_norm = torch.stack([loss, self._clip().to(loss)]).tolist()
+        norm = clip(self.optimizer, self.trained, self.settings.max_grad_norm, _clip)
+        loss_value, grad_norm = torch.stack([loss, norm.to(loss)]).tolist()
         progress.tokens += sum(row.tokens for row in rows)
         line = {
             "step": progress.step,
@@ -316,11 +317,6 @@ class Training:
         for left, batch in zip(range(len(batches))[::-1], batches, strict=True):
             loss += self.gradients.add(batch.to(self.device), tokens, is_last=left == 0)
         return self.group.total(loss)
-
-    def _clip(self) -> Tensor:
-        how = self.trained, self.settings.max_grad_norm
-        later = clips_later(self.optimizer, self.trained)
-        return clip_later(self.optimizer, *how) if later else _clip(*how)
 
     def _not_finite(self, line: Line) -> None:
         """A loss or gradient that is no number: stop, leave the step out, or go back as well."""

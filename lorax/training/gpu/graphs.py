@@ -19,43 +19,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorax.backend import uses_triton
-from lorax.data.batches import MicroBatch
+from lorax.kernels.capture import Capture, CudaCapture
 from lorax.models import Model
 from lorax.models.watched import is_watched
 from lorax.training.fused_loss import cross_entropy_frozen_head
 from lorax.training.gpu import seeds
 
+if TYPE_CHECKING:
+    from lorax.data.batches import MicroBatch
+
 BUCKET, MOST = 128, 8
 IGNORED = -100
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 log = logging.getLogger("lorax")
-
-
-class CudaCapture:
-    """Captures a function's launches; calling what it gives replays them. One pool for all."""
-
-    def __init__(self) -> None:
-        self.pool: Any = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Run it twice on a stream of its own, to compile and to choose; then capture it."""
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                run()
-        here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=aside):
-            run()
-        return graph.replay
 
 
 @dataclass
