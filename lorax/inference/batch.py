@@ -145,7 +145,6 @@ class _Batch:
             for row_logits, row in zip(logits, self.rows, strict=True)
         ]
 
-
     def _step(self, slots: list[int], tokens: list[int]) -> Tensor:
         """The hidden states (B, C) of one token for each slot."""
         if self.decoder is not None:
