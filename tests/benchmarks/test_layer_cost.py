@@ -1,4 +1,4 @@
-"""What a layer of the hand-written step launches, moves and costs the host: bounds, no GPU needed."""
+"""What a layer of the hand-written step launches, moves and costs the host: its bounds."""
 
 import sys
 from pathlib import Path
