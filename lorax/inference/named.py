@@ -30,10 +30,10 @@ def load_adapter(
     path: str | os.PathLike[str],
     trainable: bool = False,
     *,
-    name: str | None = None,
     check_base: bool = True,
     check_adapter: bool = True,
     resize_vocabulary: bool = False,
+    name: str | None = None,
 ) -> AdapterConfig:
     """Load a PEFT adapter directory into the model, in place, or beside it under a name.
 
