@@ -10,7 +10,8 @@ reference to it goes:
     backward, layer by layer     + gradients, - what was kept
 
 What an operator allocates inside itself is not seen (a library's packed copy of a weight), but for
-logsumexp, whose own tensor is as large as the logits. Shapes that depend on values (`nonzero`) are told: the setting says how many tokens are trained.
+logsumexp, whose own tensor is as large as the logits. Shapes that depend on values (`nonzero`) are
+told: the setting says how many tokens are trained.
 
 The trace runs in a thread of its own, where modes and scratch buffers are nobody else's.
 """
