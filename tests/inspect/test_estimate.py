@@ -177,6 +177,17 @@ def test_the_parts_of_an_estimate():
     assert sum(found.kinds.values()) + found.trainable == found.parameters
 
 
+@pytest.mark.parametrize("format", ["nf4-dq", "int8", "int4-affine"])
+def test_a_trace_leaves_no_tensor_without_memory_behind(format):
+    """Tables that are made once must not have been made in a trace."""
+    setting = setting_of("qlora", "float32", batch=1, length=16, quantization=format)
+    trace_step(read_config(LLAMA, "test"), setting, layers=1)
+    weight = torch.randn(16, 64)
+    again = lorax.quantize(weight, format).dequantize()
+    assert type(again) is torch.Tensor
+    assert (again - weight).abs().max() < 1.0
+
+
 def test_the_command_compares_methods(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     command = ("estimate", tmp_path / "config.json", "--r", "4", "--batch", "1", "--length", "32")

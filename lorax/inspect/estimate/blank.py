@@ -23,7 +23,7 @@ def prepare(setting: Setting) -> None:
     """Fill the caches of tables and of what the CPU offers, which must not hold blank tensors."""
     products.prefers_onednn()
     products.has_bfloat16()
-    dynamic_map()
+    dynamic_map(device=torch.device("cpu"))  # called as double.py does: the cache tells them apart
     for codebook in codebooks.CODEBOOKS:
         code_values(torch.zeros(1, dtype=torch.uint8), codebook)
 

@@ -16,9 +16,11 @@ from lorax.adapters.config import LoRAConfig
 from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.counting import count_parameters
 from lorax.adapters.inject import add_adapter
+from lorax.errors import AdapterError, LoraxError
 from lorax.formats.huggingface import quantizable
 from lorax.formats.model_config import new_model, undrawn
 from lorax.models.config import ModelConfig
+from lorax.models.model import Model
 
 KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
 
@@ -70,8 +72,7 @@ def shape_of(config: ModelConfig, adapter: AdapterConfig | None) -> Shape:
     if adapter is None:
         model.requires_grad_(True)
     else:
-        with undrawn():
-            add_adapter(model, drawn_plainly(adapter))
+        _put(model, adapter)
     tensors = [
         (_layer(name), parameter.numel())
         for name, parameter in model.named_parameters()
@@ -86,6 +87,24 @@ def shape_of(config: ModelConfig, adapter: AdapterConfig | None) -> Shape:
         sizes,
         base - sum(rows * columns for rows, columns in sizes),
     )
+
+
+def _put(model: Model, adapter: AdapterConfig) -> None:
+    """The adapter into the model on the meta device.
+
+    Raises:
+        AdapterError: it does not fit, or starts from values that are not here.
+    """
+    try:
+        with undrawn():
+            add_adapter(model, drawn_plainly(adapter))
+    except LoraxError:
+        raise
+    except Exception as error:
+        raise AdapterError(
+            f"{type(adapter).__name__} starts from values of the model or its tokenizer "
+            f"({type(error).__name__}: {error}), and here are none; estimate a plain LoRA instead"
+        ) from error
 
 
 def _layer(name: str) -> int | None:

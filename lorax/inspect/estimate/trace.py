@@ -9,8 +9,9 @@ reference to it goes:
     loss                         + - blocks of logits
     backward, layer by layer     + gradients, - what was kept
 
-What an operator allocates inside itself is not seen (a library's packed copy of a weight). Shapes
-that depend on values (`nonzero`) are told: the setting says how many tokens are trained.
+What an operator allocates inside itself is not seen (a library's packed copy of a weight), but for
+logsumexp, whose own tensor is as large as the logits. Shapes that depend on values (`nonzero`) are
+told: the setting says how many tokens are trained.
 
 The trace runs in a thread of its own, where modes and scratch buffers are nobody else's.
 """
@@ -82,6 +83,8 @@ class _Recorder(TorchDispatchMode):
             found = self._nonzero(args[0])
         else:
             found = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.logsumexp.default:
+                self._inside(args[0])
         for value in found if isinstance(found, list | tuple) else (found,):
             if isinstance(value, Tensor):
                 self._note(value)
@@ -91,6 +94,12 @@ class _Recorder(TorchDispatchMode):
         """Places of what is true: the trained tokens; in a block of the head its share of them."""
         count = self.targets if mask.dim() == 2 else max(1, min(len(mask), BLOCK // 32))
         return torch.empty(count, mask.dim(), dtype=torch.int64)
+
+    def _inside(self, like: Tensor) -> None:
+        """An operator's own tensor of that size: logsumexp makes exp(x - max) beside x."""
+        size, self._count = like.numel() * like.itemsize, self._count + 1
+        self.trace.events.append(Event(self._count - 1, size, self.stage))
+        self.trace.events.append(Event(self._count - 1, -size, self.stage))
 
     def leave_out(self, model: Model) -> None:
         """What is there already: parameters, and quantized weights' parts."""

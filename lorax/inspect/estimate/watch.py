@@ -65,7 +65,7 @@ class MemoryWatch(Listener):
             known = find_config(str(where))
             setting = setting_of_recipe(recipe, known, plan.train_rows)
             found = estimate(known.config, setting, self._process)
-        except LoraxError as error:  # an estimate is no reason not to train
+        except Exception as error:  # whatever it is: an estimate is no reason not to train
             self._warn(f"memory is not estimated: {error}")
             return
         self._predicted = found.peak_bytes
