@@ -224,8 +224,7 @@ def _tensor(
             f"{config.model_type}: GGUF has no name for the tensor {name}; "
             "keep the Hugging Face directory"
         )
-    is_quantized = isinstance(weight, QuantizedLinear)
-    shape = tuple(weight.quantized.shape if is_quantized else weight.shape)
+    shape = tuple((weight.quantized if isinstance(weight, QuantizedLinear) else weight).shape)
     if len(shape) < 2:
         type = "F32"
     elif type == "Q8_0" and shape[-1] % _BLOCK:
@@ -233,8 +232,10 @@ def _tensor(
     heads = permuted_heads(name, config, layout)
 
     def values() -> np.ndarray[Any, Any]:
-        plain = weight.quantized.dequantize(torch.float32) if is_quantized else weight
-        plain = plain.to("cpu", torch.float32)
+        if isinstance(weight, QuantizedLinear):
+            plain = weight.quantized.dequantize(torch.float32).cpu()
+        else:
+            plain = weight.to("cpu", torch.float32)
         if name.endswith("norm.weight"):
             plain = plain + layout.norm_offset
         if heads is not None:

@@ -134,9 +134,9 @@ class Decoder:
         whole: bool,
     ) -> Inputs:
         device = self.embedding.weight.device
-        made = [torch.zeros(len(slots), dtype=torch.int64, device=device) for _ in range(3)]
+        ids, at, there = (torch.zeros_like(torch.tensor(slots), device=device) for _ in range(3))
         hidden = self.embedding.weight.new_zeros(len(slots), self.embedding.weight.shape[1])
-        inputs = Inputs(*made, hidden, lambda: None)
+        inputs = Inputs(ids, at, there, hidden, lambda: None)
         self._fill(inputs, slots, tokens, lengths)  # warming up stores what the replay will store
         inputs.replay = self.capture(lambda: self._run(inputs, end, whole))
         return inputs
@@ -182,7 +182,8 @@ class Decoder:
             own = own & (places > inputs.lengths[:, None] - layer.window)
         grouped = query.reshape(B, K, H // K, D)  # the heads of one key head, as queries
         mask = own[:, None, None].expand(-1, -1, H // K, -1)
-        attended = F.scaled_dot_product_attention(grouped, *stored, mask, scale=layer.scale)
+        keys, values = stored
+        attended = F.scaled_dot_product_attention(grouped, keys, values, mask, scale=layer.scale)
         return attended.reshape(B, H * D)
 
 

@@ -35,7 +35,7 @@ KEPT = {
 
 def recomputed(policy: bool | str, layer: nn.Module, *inputs: Any) -> Tensor:
     """layer(*inputs), recomputed as `policy` (True or "selective") says."""
-    kept = {}
+    kept: dict[str, Any] = {}
     if policy == "selective":
         kept["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     result: Tensor = checkpoint(bound(layer), *inputs, use_reentrant=False, **kept)

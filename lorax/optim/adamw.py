@@ -132,6 +132,8 @@ class AdamW(torch.optim.Optimizer):
         UsageError: a value out of range, or an unsupported option set to True.
     """
 
+    factor: Tensor | None  # of the next step's gradients (clip.py)
+
     def __init__(
         self,
         params: Any,
@@ -269,7 +271,7 @@ class AdamW(torch.optim.Optimizer):
         self._pages: list[Page] = []
         self._home: dict[Tensor, tuple[Page, int]] = {}
         self._scratch = Scratch()
-        self.factor: Tensor | None = None  # of the next step's gradients (clip.py)
+        self.factor = None
 
     def _match_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The saved groups' values with this optimizer's parameters."""

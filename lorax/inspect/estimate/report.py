@@ -70,8 +70,8 @@ def table(found: Sequence[Estimate]) -> Iterator[str | Table]:
     title = ["memory in GB, parameters in millions"]
     yield "; ".join([*shapes, *title] if len(shapes) == 1 else title)
     made = Table("method")
-    for title in ("trained", "weights", "states", "a pass", "peak", "fits in"):
-        made.add_column(title, no_wrap=True, justify="right")
+    for column in ("trained", "weights", "states", "a pass", "peak", "fits in"):
+        made.add_column(column, no_wrap=True, justify="right")
     for one in found:
         held = one.parts
         states = held.adapter + held.gradients + held.optimizer

@@ -187,7 +187,7 @@ def _run(config: ModelConfig, setting: Setting, layers: int, trace: Trace) -> No
                 parameter.grad = None
 
 
-def _pass(model: Model, ids: Tensor, recorder: _Recorder) -> None:
+def _pass(model: Any, ids: Tensor, recorder: _Recorder) -> None:
     hidden_states = model.hidden_states
 
     def noticed(*inputs: Any) -> Tensor:
@@ -195,7 +195,7 @@ def _pass(model: Model, ids: Tensor, recorder: _Recorder) -> None:
         recorder.stage = "loss"
         return found
 
-    model.hidden_states = noticed  # type: ignore[method-assign]
+    model.hidden_states = noticed
     try:
         loss = summed_loss(model, ids, ids) / 2
     finally:

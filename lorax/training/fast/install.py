@@ -119,7 +119,8 @@ class _LlamaModel:
             return LlamaModel.run(self, layer, *inputs)
         if layer is self.layers[0]:
             begin_pass(self, inputs[0].device)
-        halves = known.halves_of(layer, *inputs, seed_of(self))
+        x, rope, context = inputs
+        halves = known.halves_of(layer, x, rope, context, seed_of(self))
         if halves is None:
             return LlamaModel.run(self, layer, *inputs)
         took(self, layer)

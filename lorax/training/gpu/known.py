@@ -51,7 +51,7 @@ def halves_of(
     attention, mlp = layer.self_attn, layer.mlp
     assert isinstance(attention, LlamaAttention)
     assert isinstance(mlp, LlamaMLP)
-    groups = []
+    groups: list[Any] = []
     for modules in linears_of(layer):
         parts = [part_of(module, x) for module in modules]
         known = [part for part in parts if part is not None]
