@@ -57,13 +57,13 @@ def server(model, adapter=None):
     return llamacpp.Server(params)
 
 
-def next_token(server, ids, vocabulary):
-    """log p of every token behind these: (vocabulary,)."""
+def next_token(server, prompt, vocabulary):
+    """log p of every token behind these ids, or behind a text: (vocabulary,)."""
     found = server.handle_completions(
-        {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": vocabulary}
+        {"prompt": prompt, "n_predict": 1, "temperature": 0.0, "n_probs": vocabulary}
     )
-    listed = found["completion_probabilities"][0]["top_logprobs"]
-    assert len(listed) == vocabulary
+    listed = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    assert len({entry["id"] for entry in listed}) == vocabulary
     result = torch.empty(vocabulary)
     for entry in listed:
         result[entry["id"]] = entry["logprob"]
@@ -113,8 +113,8 @@ def test_an_adapter_against_llamacpp(adapter, tmp_path):
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_texts_are_cut_as_llamacpp_cuts_them(kind, tmp_path):
     tokenizer = wrapped(TOKENIZERS[kind](), chat_template=CHATML)
-    place(tmp_path, "llama", tokenizer)
+    model, _ = place(tmp_path, "llama", tokenizer)
     there = server(tmp_path / "base.gguf")
-    for text in ("the sea is 12 wide", "  two  spaces\n\nlines", "Gr\u00fc\u00dfe, it's 2024!"):
-        found = there.handle_completions({"prompt": text, "n_predict": 1, "temperature": 0.0})
-        assert found["tokens_evaluated"] == len(tokenizer.encode(text)), text
+    for text in ("the sea is 12 wide", "two  spaces\n\nlines", "Gr\u00fc\u00dfe, it's 2024!"):
+        found = next_token(there, text, tokenizer.vocab_size)
+        assert (found - expected(model, tokenizer.encode(text))).abs().max() <= CLOSE, text
