@@ -138,6 +138,8 @@ def _low_rank(name: str, layer: AdapterLayer) -> tuple[Tensor, Tensor, float]:
     Raises:
         AdapterError: the layer is something else.
     """
+    A: Tensor
+    B: Tensor
     try:
         if isinstance(layer, LoRAEmbedding):
             A, B, scaling = layer.lora_embedding_A, layer.lora_embedding_B, layer.scaling
