@@ -89,19 +89,24 @@ def server(model: Path, adapter: Path | None) -> Any:
     return xllamacpp.Server(params)
 
 
+def answered(there: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """What llama.cpp says of each token that it wrote."""
+    return there.handle_completions(request)["choices"][0]["logprobs"]["content"]
+
+
 def measure(there: Any, expected: list[Truth]) -> dict[str, Any]:
     apart, nats, same, made = 0.0, 0.0, 0, 0
     for truth in expected:
         V = len(truth.logp)
         request = {"prompt": truth.ids, "temperature": 0.0, "cache_prompt": False}
-        first = there.handle_completions(request | {"n_predict": 1, "n_probs": V})
+        first = answered(there, request | {"n_predict": 1, "n_probs": V})
         logp = torch.full((V,), float("nan"))
-        for entry in first["completion_probabilities"][0]["top_logprobs"]:
+        for entry in first[0]["top_logprobs"]:
             logp[entry["id"]] = entry["logprob"]
         apart = max(apart, float((logp - truth.logp).abs().max()))
         nats += float((truth.logp.exp() * (truth.logp - logp)).sum()) / len(expected)
-        request |= {"n_predict": len(truth.greedy), "return_tokens": True}
-        found = there.handle_completions(request)["tokens"]
+        tokens = answered(there, request | {"n_predict": len(truth.greedy), "n_probs": 1})
+        found = [entry["id"] for entry in tokens]
         same += sum(a == b for a, b in zip(found, truth.greedy, strict=False))
         made += len(truth.greedy)
     return {"log_p_apart": apart, "kl_nats": nats, "same_tokens": same, "tokens": made}

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,7 +94,7 @@ def export_model(
     factors = _rope_factors(config)
     _check_read_back(config, fields, factors)
     fields |= vocabulary_fields(tokenizer, rows, str(path))
-    tensors = [_tensor(name, weight, config, type) for name, weight in _weights(model)]
+    tensors = [_tensor(*weight, config, type) for weight in _weights(model)]
     if factors is not None:
         tensors.append(GGUFTensor(ROPE_FACTORS, "F32", tuple(factors.shape), factors.numpy))
     write_gguf(path, layout_of(config).architecture, fields, tensors)
@@ -204,17 +205,18 @@ def _check_read_back(config: LlamaConfig, fields: dict[str, Any], factors: Tenso
             )
 
 
-def _weights(model: Model) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
-    """The model's tensors by name, a tied head left out; quantized ones as their Linear."""
+def _weights(model: Model) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
+    """The model's tensors: name, shape and what gives it, decoded; a tied head is left out."""
     for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
+        yield name, tuple(parameter.shape), parameter.detach
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            yield f"{name}.weight", module
+            decode = partial(module.quantized.dequantize, torch.float32)
+            yield f"{name}.weight", tuple(module.quantized.shape), decode
 
 
 def _tensor(
-    name: str, weight: Tensor | QuantizedLinear, config: LlamaConfig, type: str
+    name: str, shape: tuple[int, ...], read: Callable[[], Tensor], config: LlamaConfig, type: str
 ) -> GGUFTensor:
     """One tensor as it will be written; its values are made when they are asked for."""
     layout = layout_of(config)
@@ -224,7 +226,6 @@ def _tensor(
             f"{config.model_type}: GGUF has no name for the tensor {name}; "
             "keep the Hugging Face directory"
         )
-    shape = tuple((weight.quantized if isinstance(weight, QuantizedLinear) else weight).shape)
     if len(shape) < 2:
         type = "F32"
     elif type == "Q8_0" and shape[-1] % _BLOCK:
@@ -232,10 +233,7 @@ def _tensor(
     heads = permuted_heads(name, config, layout)
 
     def values() -> np.ndarray[Any, Any]:
-        if isinstance(weight, QuantizedLinear):
-            plain = weight.quantized.dequantize(torch.float32).cpu()
-        else:
-            plain = weight.to("cpu", torch.float32)
+        plain = read().to("cpu", torch.float32)
         if name.endswith("norm.weight"):
             plain = plain + layout.norm_offset
         if heads is not None:

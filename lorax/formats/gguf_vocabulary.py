@@ -102,7 +102,7 @@ def _kinds(tokenizer: Tokenizer, tokens: list[str], state: dict[str, Any]) -> li
 
     kinds = [kind(token) for token in tokens]
     unknown = tokenizer.unk_token if state["model"]["byte_fallback"] else None
-    if unknown in known:
+    if unknown is not None and unknown in known:
         kinds[known[unknown]] = _UNKNOWN
     return kinds
 

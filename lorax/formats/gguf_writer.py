@@ -80,7 +80,7 @@ def _write(
 ) -> None:
     import gguf
 
-    writer = gguf.GGUFWriter(path, architecture)
+    writer: Any = gguf.GGUFWriter(path, architecture)
     try:
         for key, value in fields.items():
             if value == []:  # which the package does not write, and no reader misses
@@ -93,8 +93,13 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        (out,) = writer.fout
+        writer.write_padding(out, out.tell())
         for tensor in tensors:
-            writer.write_tensor_data(tensor.values())
+            values = tensor.values()
+            assert values.nbytes == tensor.nbytes, tensor.name
+            out.write(np.ascontiguousarray(values).data)  # the package's numpy.tofile says nothing
+            writer.write_padding(out, values.nbytes)  # of a full disk where a tensor is small
     finally:
         writer.close()
 

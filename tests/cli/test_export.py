@@ -6,10 +6,11 @@ import pytest
 import torch
 from command_line import complete_lorax, run_lorax
 from oracles import llama, peft_model
-from test_gguf_vocabulary import smollm, wrapped
-from tiny_tokenizer import CHATML, byte_tokenizer
+from tiny_tokenizer import CHATML, byte_backend, byte_tokenizer
+from tokenizers import pre_tokenizers
 
 import lorax
+from lorax.data.tokenizer import Tokenizer
 from lorax.formats.tokenizer_files import write_tokenizer
 
 HI = "hi the 12 is"
@@ -19,9 +20,11 @@ HI = "hi the 12 is"
 def place(tmp_path_factory):
     """base: a tiny Llama in bfloat16; adapter, dora, prompt: over it; odd: another tokenizer."""
     place = tmp_path_factory.mktemp("export")
-    tokenizer = wrapped(smollm(), chat_template=CHATML)
+    backend = byte_backend(merges=(("t", "h"), ("i", "s")))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's
+    tokenizer = Tokenizer(backend, eos_token="</s>", chat_template=CHATML)
     source = llama(vocab_size=tokenizer.vocab_size).bfloat16()
-    for name, written in (("base", tokenizer), ("odd", byte_tokenizer())):
+    for name, written in (("base", tokenizer), ("odd", byte_tokenizer(merges=(("t", "h"),)))):
         source.save_pretrained(place / name)
         write_tokenizer(written, place / name)
     for name, settings in {"adapter": {"use_rslora": True}, "dora": {"use_dora": True}}.items():

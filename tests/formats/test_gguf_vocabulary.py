@@ -119,7 +119,7 @@ def test_the_2023_conversions_of_llama_2_are_taken_by_their_meaning():
     backend = llama2_backend()
     frame_texts(backend, "<s>", None)
     after = again(wrapped(backend))
-    for text in TEXTS[:2] + TEXTS[6:11]:
+    for text in TEXTS[:1] + TEXTS[6:11]:  # without a space in front
         assert after.encode(text) == wrapped(backend).encode(text), text
 
 

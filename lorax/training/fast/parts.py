@@ -23,7 +23,7 @@ from lorax.quant.tensor import QuantizedTensor
 from lorax.training.fast import products
 
 DTYPES = (torch.float32, torch.bfloat16)
-PARAMETERS: set[type] = {nn.Parameter}  # of exactly these classes; inspect/estimate adds one without memory
+PARAMETERS: set[type] = {nn.Parameter}  # exactly; inspect/estimate adds one without memory
 
 
 @dataclass(frozen=True)
