@@ -12,6 +12,7 @@ __all__ = ["folder"]
 
 def test_a_run_says_and_writes_down_its_memory(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "free_bytes", lambda device: 1)
+    monkeypatch.setenv("LORAX_ESTIMATE", "1")
     path = tmp_path / "recipe.toml"
     path.write_text(recipe(folder, tmp_path / "run", **{"train.max_steps": 1}).to_toml())
     done = complete_lorax("train", path)
