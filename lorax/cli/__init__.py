@@ -20,9 +20,11 @@ from lorax.cli.overrides import parse_overrides as parse_overrides
 from lorax.cli.program import app as app
 from lorax.cli.program import main as main
 from lorax.cli.quantize import quantize
+from lorax.cli.serve import serve
 from lorax.cli.terminal import out as out
 from lorax.cli.train import train
 from lorax.cli.verify import verify
 
-for command in (train, generate, evaluate, merge, inspect, adapter, verify, quantize, demo):
+COMMANDS = (train, generate, evaluate, merge, inspect, adapter, verify, quantize, serve, demo)
+for command in COMMANDS:
     app.command(command)
