@@ -3,11 +3,13 @@
 import threading
 from contextlib import contextmanager
 
+import openai
 import torch
 from oracles import llama
 from peft_pairs import in_peft, save
 from tiny_tokenizer import CHATML, byte_tokenizer
 
+import lorax
 from lorax.formats.tokenizer_files import write_tokenizer
 from lorax.inference.server.limits import Limits
 from lorax.inference.server.run import Service, open_engine
@@ -56,3 +58,25 @@ def serving(folder, limits=None, api_key=None, adapters="adapters", **options):
         service.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def connected(service, key="none", **options):
+    """The official client."""
+    return openai.OpenAI(
+        base_url=f"{service.address}/v1", api_key=key, max_retries=0, timeout=60, **options
+    )
+
+
+def oracle_of(folder, adapters=ADAPTERS):
+    """generate(prompt, adapter, ...) of the library, on a model of its own."""
+    model = lorax.load_model(folder / "base")
+    tokenizer = lorax.load_tokenizer(folder / "base")
+    for name in adapters:
+        lorax.load_adapter(model, folder / "adapters" / name, name=name)
+
+    def generate(prompt, adapter=None, **options):
+        with lorax.use_adapter(model, adapter):
+            return lorax.generate(model, tokenizer, prompt, **options)
+
+    generate.tokenizer = tokenizer
+    return generate

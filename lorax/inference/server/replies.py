@@ -158,9 +158,14 @@ class CompletionReply(Reply):
         return {
             "tokens": [one.text for one in scored],
             "token_logprobs": [one.logprob for one in scored],
-            "top_logprobs": [dict(one.likeliest) for one in scored],
+            "top_logprobs": [_by_text(one) for one in scored],
             "text_offset": offsets,
         }
+
+
+def _by_text(one: Scored) -> dict[str, float]:
+    """The likeliest; of two with the same text, as parts of characters have, the likelier one."""
+    return dict(reversed(one.likeliest))
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:

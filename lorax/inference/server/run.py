@@ -71,7 +71,7 @@ class Service(uvicorn.Server):
         api_key: str | None = None,
         say: Callable[[str], None] = lambda address: None,
     ):
-        self.engine, self.say = engine, say
+        self.engine, self.models, self.say = engine, models, say
         self.socket = _listening(host, port)
         address, self.port = self.socket.getsockname()[:2]
         self.address = f"http://{f'[{address}]' if ':' in address else address}:{self.port}"
