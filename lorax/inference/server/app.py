@@ -41,6 +41,8 @@ from lorax.inference.server.protocol import (
     read_request,
 )
 
+_UNREAD = (401, 404, 405, 408, 413, 415)  # may be answered before the body has come
+
 
 def make_app(engine: Engine, models: Models, api_key: str | None = None) -> ASGIApp:
     """The ASGI application; api_key: what clients of /v1 must know, None: nothing."""
@@ -284,8 +286,9 @@ class Counted:
 
 
 def as_response(value: Any, status: int = 200) -> Response:
-    """A value as JSON."""
-    return Response(replies.as_json(value), status, media_type="application/json")
+    """A value as JSON. Where the request was not read to its end, nothing more of it is."""
+    headers = {"connection": "close"} if status in _UNREAD else None
+    return Response(replies.as_json(value), status, headers, media_type="application/json")
 
 
 def _no_model(name: str, param: str) -> Refused:
