@@ -261,9 +261,10 @@ def draw(
     logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
 ) -> int:
     """One token from logits (V,), drawn at a temperature above 0."""
-    scaled = (logits - logits.max()) / temperature  # no temperature is too small for it
+    least = torch.finfo(logits.dtype).tiny  # a smaller temperature would be 0 there
+    scaled = (logits - logits.max()) / max(temperature, least)
     probabilities, tokens = scaled.softmax(0).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities  # the likelier ones' share
-    probabilities[before >= top_p] = 0.0
+    probabilities[1:][before[1:] >= top_p] = 0.0  # one stays, however small top_p is
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return int(tokens[drawn])

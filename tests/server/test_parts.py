@@ -1,10 +1,11 @@
 """Stop words and the queue by themselves."""
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import byte_tokenizer
 
-from lorax.inference.batch import Row
+from lorax.inference.batch import Row, draw
 from lorax.inference.server.answer import Answer, StopWords
 from lorax.inference.server.queue import FairQueue
 
@@ -38,6 +39,16 @@ def test_however_it_is_cut_no_stop_word_is_given(pieces, words):
     found = "".join(stops.add(piece) for piece in pieces if not stops.found) + stops.held
     assert "".join(pieces).startswith(found)
     assert not any(word in found for word in words)
+
+
+@given(
+    st.floats(min_value=0, max_value=1e-30, exclude_min=True),
+    st.floats(min_value=0, max_value=1, exclude_min=True),
+    st.permutations([-2e30, -3.0, 0.0, 2.5, 2e30]),
+)
+def test_no_temperature_and_no_top_p_is_too_small_to_draw(temperature, top_p, logits):
+    assert draw(torch.tensor(logits), temperature, top_p, None) == logits.index(2e30)
+    assert draw(torch.tensor(logits[:1]), 1.0, temperature, None) == 0
 
 
 def answer(adapter):

@@ -1,5 +1,6 @@
 """The official client against `lorax serve`: each answer is the one that `lorax.generate` gives."""
 
+import httpx2
 import openai
 import pytest
 import torch
@@ -240,9 +241,13 @@ def test_the_key_is_asked_for(folder):
         with connected(service, "secret") as client:
             assert client.models.list().data
             assert client.get("/../health", cast_to=object) == {"status": "ok"}
-        for wrong in ("Secret", "secret2", "s\xe9cret"):
-            with connected(service, "none") as client, pytest.raises(openai.AuthenticationError):
-                client.models.list(extra_headers={"Authorization": f"Bearer {wrong}".encode()})
+        for wrong in ("Secret", "secret2", "secre"):
+            with connected(service, wrong) as client, pytest.raises(openai.AuthenticationError):
+                client.models.list()
+        for wrong in (b"Bearer s\xe9cret", b"secret", b""):
+            found = httpx2.get(f"{service.address}/v1/models", headers={b"authorization": wrong})
+            assert found.status_code == 401
+            assert found.json()["error"]["code"] == "invalid_api_key"
 
 
 def test_metrics_count(client):

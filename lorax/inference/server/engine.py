@@ -139,10 +139,10 @@ class Engine:
             while self._calls:
                 self._calls.popleft()()
             self._drop()
-            self._remove_retired()
             self._admit()
             if self._running:
                 self._round()
+            self._remove_retired()
 
     def _has_work(self) -> bool:
         """Waits until there is something to do; whether there is, and not the end."""
