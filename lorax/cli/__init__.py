@@ -22,10 +22,11 @@ from lorax.cli.overrides import parse_overrides as parse_overrides
 from lorax.cli.program import app as app
 from lorax.cli.program import main as main
 from lorax.cli.quantize import quantize
+from lorax.cli.serve import serve
 from lorax.cli.terminal import out as out
 from lorax.cli.train import train
 from lorax.cli.verify import verify
 
-for command in (train, generate, evaluate, merge, inspect, adapter, verify, quantize, export, demo):
+COMMANDS = (train, generate, evaluate, merge, inspect, adapter, verify, quantize)
+for command in (*COMMANDS, estimate, export, serve, demo):
     app.command(command)
-app.command(estimate)

@@ -60,7 +60,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer, raw: bool = False) -> list[in
     """
     if raw or tokenizer.chat_template is None:
         return tokenizer.encode(text)
-    return _through_template([{"role": "user", "content": text}], {}, tokenizer)
+    return encode_conversation([{"role": "user", "content": text}], {}, tokenizer)
 
 
 def _read(row: Row, tokenizer: Tokenizer, raw: bool) -> Prompt:
@@ -72,7 +72,7 @@ def _read(row: Row, tokenizer: Tokenizer, raw: bool) -> Prompt:
     is_text = isinstance(said, Question) and len(messages) == 1 and not talk.variables
     shown = {"prompt": messages[0]["content"]} if is_text else {"messages": messages}
     if tokenizer.chat_template is not None and not raw:
-        return Prompt(_through_template(messages, talk.variables, tokenizer), row[1], shown)
+        return Prompt(encode_conversation(messages, talk.variables, tokenizer), row[1], shown)
     if not is_text:
         raise DataError(
             f"{row[1]}: a conversation, system text or tools need a chat template"
@@ -118,8 +118,13 @@ def _as_it_stands(row: Row, said: Question, raw: bool) -> str:
     return form.format(instruction=said.instruction, input=said.context)
 
 
-def _through_template(
+def encode_conversation(
     messages: list[dict[str, Any]], variables: dict[str, Any], tokenizer: Tokenizer
 ) -> list[int]:
+    """A conversation that is to be answered, through the chat template.
+
+    Raises:
+        TemplateError: there is none, or it fails. UsageError: the text cannot be encoded.
+    """
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **variables)
     return tokenizer.encode(text, add_special_tokens=False)

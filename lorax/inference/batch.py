@@ -1,24 +1,25 @@
 """Answers to many prompts, several at a time, token by token.
 
-    waiting   prompts without a slot
+    free      slots of the cache; a row that ends gives its slot to the next prompt
     rows      those being answered: a new one's prompt goes through the model alone, then all of
               them take their next token in one pass
-    free      slots of the cache; a row that ends gives its slot to the next prompt
 
 Each prompt is answered as if it were alone: nothing is padded (rows.py), and its draws come from a
-generator of its own.
+generator of its own. So rows may come and go between any two tokens: `stream_rows` adds the next of
+its prompts, the server (server/engine.py) whatever was asked for meanwhile.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lorax.errors import NumericalStop
 from lorax.inference.gpu import decoder_of
 from lorax.inference.named import named_adapters
 from lorax.inference.rows import RowsCache
@@ -36,21 +37,27 @@ class Sampling:
     seed: int | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """A prompt: its place among the prompts, and how it stands.
+    """A prompt, and how it stands.
 
-    seen: its tokens, and those made so far. left: how many more may come. slot: its place in the
-    cache. has_begun: whether the cache holds it. adapter: its own, where rows have their own.
+    seen: its tokens, and those made so far. left: how many more may come, 1 at least. ends: the
+    tokens that end it. adapter: its own, where rows have their own. index: whatever the caller
+    knows it by. slot: its place in the cache. has_begun: whether the cache holds it. logits: (V,),
+    from which its last token was chosen. is_finite: whether they were numbers.
     """
 
-    index: int
     seen: list[int]
     left: int
+    ends: Collection[int] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    adapter: str | None = None
+    index: int = 0
     slot: int = -1
     generator: torch.Generator | None = None
     has_begun: bool = False
-    adapter: str | None = None
+    logits: Tensor | None = None
+    is_finite: bool = True
 
 
 def stream_rows(
@@ -77,18 +84,36 @@ def stream_rows(
     was_training = model.training
     model.eval()
     try:
-        own: Sequence[str | None] = [None] * len(prompts) if adapters is None else adapters
-        each = zip(prompts, counts, own, strict=True)
-        rows = [Row(i, list(p), n, adapter=name) for i, (p, n, name) in enumerate(each)]
+        how = sampling or Sampling()
+        names = adapters if adapters is not None else [None] * len(prompts)
+        rows = [
+            Row(list(prompt), count, ends, how, name, index)
+            for index, (prompt, count, name) in enumerate(zip(prompts, counts, names, strict=True))
+        ]
         yield from ((row.index, None) for row in rows if row.left < 1)
         rows = [row for row in rows if row.left > 0]
-        by_name = adapters is not None
-        for wave in _waves(rows, named_adapters(model).budget if by_name else None):
-            batch = _Batch(model, wave, sampling or Sampling(), max(1, batch_size), by_name)
-            while batch.rows:
-                yield from batch.round(ends)
+        budget = None if adapters is None else named_adapters(model).budget
+        for wave in _waves(rows, budget):
+            slots = min(max(1, batch_size), len(wave))
+            places = max(len(row.seen) + row.left for row in wave)
+            own = None if adapters is None else list(dict.fromkeys(row.adapter for row in wave))
+            yield from _answer(Batch(model, slots, places, own), wave)
     finally:
         model.train(was_training)
+
+
+def _answer(batch: Batch, rows: Iterable[Row]) -> Iterator[tuple[int, int | None]]:
+    waiting = deque(rows)
+    while waiting or batch.rows:
+        while waiting and batch.free:
+            batch.add(waiting.popleft())
+        for row, token in batch.round():
+            if not row.is_finite:
+                raise NumericalStop(
+                    f"the logits behind {len(row.seen) - 1} tokens are not finite; expected "
+                    "numbers; try dtype float32, and look at the weights with lorax inspect"
+                )
+            yield row.index, token
 
 
 class Assigned:
@@ -98,10 +123,10 @@ class Assigned:
     and the adapters are put into the model for each pass.
     """
 
-    def __init__(self, model: Model, rows: list[Row]):
+    def __init__(self, model: Model, names: Sequence[str | None]):
         self.adapters = named_adapters(model)
         self.is_watched = any(is_watched(module) for module in model.modules())
-        with self.adapters.standing(list(dict.fromkeys(row.adapter for row in rows))) as groups:
+        with self.adapters.standing(names) as groups:
             self.groups = groups
             self.twin = with_twins(model)
 
@@ -132,48 +157,67 @@ def _waves(rows: list[Row], budget: int | None) -> Iterator[list[Row]]:
         yield wave
 
 
-class _Batch:
-    """What stands at the top of this file."""
+class Batch:
+    """What stands at the top of this file: up to `slots` rows of up to `places` tokens each.
+
+    names: see `assign`; not given, all rows have what the model has in use.
+    """
 
     def __init__(
-        self, model: Model, rows: list[Row], sampling: Sampling, batch_size: int, by_name: bool
+        self, model: Model, slots: int, places: int, names: Sequence[str | None] | None = None
     ):
-        self.sampling = sampling
+        self.source = model
         self.device = next(model.parameters()).device
-        slots = min(batch_size, len(rows))
-        with torch.no_grad():
-            self.assigned = Assigned(model, rows) if by_name else None
-            self.model = with_twins(model) if self.assigned is None else self.assigned.twin
-        self.cache = RowsCache(self.model, slots, max(len(r.seen) + r.left for r in rows))
-        self.decoder = None if by_name else decoder_of(self.model, self.cache)
+        self.assigned: Assigned | None = None
+        if names is None:
+            with torch.no_grad():
+                self.model = with_twins(model)
+        else:
+            self.assign(names)
+        self.cache = RowsCache(model, slots, places)
+        self.decoder = decoder_of(self.model, self.cache) if names is None else None
         self.free = deque(range(slots))
-        self.waiting = deque(rows)
         self.rows: list[Row] = []
-        self._admit()
 
-    def round(self, ends: Collection[int]) -> Iterator[tuple[int, int | None]]:
-        """A token for each row, and what follows from it."""
-        going = []
-        for row, token in zip(self.rows, self._next_tokens(), strict=True):
+    def assign(self, names: Sequence[str | None]) -> None:
+        """Let each row have its own adapter from now on, one of these, None for the base alone.
+
+        Raises:
+            UsageError: more than the budget has. AdapterError: one cannot share a batch. The rows
+                that are being answered then go on as they were.
+        """
+        with torch.no_grad():
+            self.assigned = Assigned(self.source, names)
+        self.model = self.assigned.twin
+
+    def add(self, row: Row) -> None:
+        """Answer this one as well, from the next round on; there must be a free slot."""
+        row.slot = self.free.popleft()
+        if row.sampling.seed is not None:
+            row.generator = torch.Generator(self.device).manual_seed(row.sampling.seed)
+        self.rows.append(row)
+
+    def drop(self, row: Row) -> None:
+        """Answer this one no further."""
+        if row in self.rows:
+            self.rows.remove(row)
+            self.free.append(row.slot)
+
+    def round(self) -> list[tuple[Row, int | None]]:
+        """A token for each row; behind it None where it was the last one.
+
+        The token that ends a row is not given; it is the last that the row has seen.
+        """
+        found: list[tuple[Row, int | None]] = []
+        for row, token in zip(list(self.rows), self._next_tokens(), strict=True):
             row.seen.append(token)
             row.left -= 1
-            if token not in ends:
-                yield row.index, token
-            if token in ends or not row.left:
-                self.free.append(row.slot)
-                yield row.index, None
-            else:
-                going.append(row)
-        self.rows = going
-        self._admit()
-
-    def _admit(self) -> None:
-        while self.waiting and self.free:
-            row = self.waiting.popleft()
-            row.slot = self.free.popleft()
-            if self.sampling.seed is not None:
-                row.generator = torch.Generator(self.device).manual_seed(self.sampling.seed)
-            self.rows.append(row)
+            if token not in row.ends:
+                found.append((row, token))
+            if token in row.ends or not row.left:
+                self.drop(row)
+                found.append((row, None))
+        return found
 
     def _adapters_of(self, rows: list[Row]) -> AbstractContextManager[None]:
         """Inside, the model's rows are these."""
@@ -181,7 +225,7 @@ class _Batch:
 
     @torch.inference_mode()
     def _next_tokens(self) -> list[int]:
-        hidden = {}
+        hidden: dict[Row, Tensor] = {}
         together = []
         for row in self.rows:
             if row.has_begun and self.cache.lengths[row.slot] != self.model.cache_border:
@@ -190,21 +234,19 @@ class _Batch:
                 ids = torch.tensor([row.seen], device=self.device)  # (1, T)
                 whole = self.cache.whole(row.slot)
                 with self._adapters_of([row]):
-                    hidden[row.index] = self.model.hidden_states(ids, whole)[0, -1]
+                    hidden[row] = self.model.hidden_states(ids, whole)[0, -1]
                 row.has_begun = True
         if together:
             with self._adapters_of(together):
                 last = self._step([r.slot for r in together], [r.seen[-1] for r in together])
-            hidden |= {row.index: last[i] for i, row in enumerate(together)}
+            hidden |= {row: last[i] for i, row in enumerate(together)}
         with self._adapters_of(self.rows):
-            logits = self.model.logits(torch.stack([hidden[r.index] for r in self.rows]))  # (B, V)
-        if self.sampling.temperature == 0:
-            return [int(token) for token in logits.float().argmax(-1).tolist()]
-        how = self.sampling.temperature, self.sampling.top_p
-        return [
-            draw(row_logits.float(), *how, row.generator)
-            for row_logits, row in zip(logits, self.rows, strict=True)
-        ]
+            logits = self.model.logits(torch.stack([hidden[row] for row in self.rows]))  # (B, V)
+        finite = logits.amax(-1).isfinite().tolist()
+        for row, row_logits, is_finite in zip(self.rows, logits, finite, strict=True):
+            row.logits, row.is_finite = row_logits, is_finite
+        likeliest = logits.float().argmax(-1).tolist()
+        return [_choose(row, int(token)) for row, token in zip(self.rows, likeliest, strict=True)]
 
     def _step(self, slots: list[int], tokens: list[int]) -> Tensor:
         """The hidden states (B, C) of one token for each slot."""
@@ -214,12 +256,22 @@ class _Batch:
         return self.model.hidden_states(ids, self.cache.step(slots))[:, -1]
 
 
+def _choose(row: Row, likeliest: int) -> int:
+    how = row.sampling
+    if how.temperature == 0 or not row.is_finite:
+        return likeliest
+    assert row.logits is not None
+    return draw(row.logits.float(), how.temperature, how.top_p, row.generator)
+
+
 def draw(
     logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
 ) -> int:
     """One token from logits (V,), drawn at a temperature above 0."""
-    probabilities, tokens = (logits / temperature).softmax(0).sort(descending=True)
+    least = torch.finfo(logits.dtype).tiny  # a smaller temperature would be 0 there
+    scaled = (logits - logits.max()) / max(temperature, least)
+    probabilities, tokens = scaled.softmax(0).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities  # the likelier ones' share
-    probabilities[before >= top_p] = 0.0
+    probabilities[1:][before[1:] >= top_p] = 0.0  # one stays, however small top_p is
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return int(tokens[drawn])
