@@ -47,6 +47,20 @@ def throughput() -> str:
     return "\n".join(lines)
 
 
+def generation() -> str:
+    lines = [
+        "| case | lorax | the other | times as fast | first token | memory, of theirs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, r in results("generation-cpu")["cases"].items():
+        first = f"{r['lorax_first_seconds']:.2f} / {r['peer_first_seconds']:.2f} s"
+        lines.append(
+            f"| {case} | {r['lorax_tokens_per_second']:.1f} | {r['peer_tokens_per_second']:.1f} | "
+            f"{r['times_as_fast']:.2f} | {first} | {r['memory_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def quantization() -> str:
     lines = ["| case | lorax | bitsandbytes | times as fast |", "|---|---|---|---|"]
     for case, r in results("quantization-cpu")["cases"].items():
@@ -187,6 +201,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "optimizers": optimizers,
     "training_step": training_step,
     "throughput": throughput,
+    "generation": generation,
     "quantization": quantization,
     "codebooks": codebooks,
     "merging": merging,
