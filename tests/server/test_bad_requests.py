@@ -1,6 +1,7 @@
 """What no client should send: 4xx in OpenAI's form or a closed stream, and the server lives."""
 
 import json
+import os
 import random
 import socket
 import time
@@ -76,6 +77,12 @@ def is_refusal(response, *statuses):
     return True
 
 
+def asked(client, path, body):
+    """In ASCII, as half of a surrogate pair has no UTF-8."""
+    headers = {"content-type": "application/json"}
+    return client.post(path, content=json.dumps(body), headers=headers)
+
+
 def mutated(body, draw):
     """A body with something else in one or two of its places, or as no JSON at all."""
     body = json.loads(json.dumps(body))
@@ -99,15 +106,16 @@ def mutated(body, draw):
     return text
 
 
-def test_five_hundred_mutated_requests(client):
+def test_mutated_requests(client):
     draw, refused = random.Random(0), 0
-    for _ in range(500):
+    count = int(os.environ.get("LORAX_MUTATIONS", "200"))
+    for _ in range(count):
         path = draw.choice(list(PATHS))
         body = mutated(PATHS[path], draw)
         found = client.post(path, content=body, headers={"content-type": "application/json"})
         if found.status_code != 200:
             refused += is_refusal(found)
-    assert 200 < refused < 500
+    assert 0.4 * count < refused < count
 
 
 RAW = {
@@ -162,16 +170,16 @@ def test_adapters_come_from_the_directory_alone(client, folder, service):
         "//etc", "file:///etc", "plain/..", str(folder / "adapters" / ".." / "elsewhere"),
     ]  # fmt: skip
     for path in tricks:
-        found = client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path})
+        found = asked(client, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": path})
         assert is_refusal(found, 400), path
     for name in ("", "a\nb", "\0", "x" * 300, str(folder / "base"), "plain", "\ud800"):
-        found = client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "plain"})
+        found = asked(client, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": "plain"})
         assert is_refusal(found, 400), name
     assert "x" not in [one.name for one in service.models.all()]
     named = {"lora_name": "../up", "lora_path": str(folder / "adapters" / "plain")}
-    assert client.post("/v1/load_lora_adapter", json=named).status_code == 200  # a name, no path
+    assert asked(client, "/v1/load_lora_adapter", named).status_code == 200  # a name, no path
     assert client.get("/v1/models/../up").status_code in (200, 404)
-    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "../up"}).status_code == 200
+    assert asked(client, "/v1/unload_lora_adapter", {"lora_name": "../up"}).status_code == 200
 
 
 def test_damaged_adapters_are_refused_and_nothing_stays(client, folder, service):

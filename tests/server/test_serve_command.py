@@ -48,7 +48,7 @@ def test_one_line_when_it_is_ready_and_sigterm_drains(folder):
     [
         (["--adapters", "nowhere"], 3, "nowhere"),
         (["--host", "256.0.0.1"], 3, "cannot listen on 256.0.0.1"),
-        (["--port", "70000"], 2, "70000"),
+        (["--timeout", "0"], 2, "timeout"),
         (["--quantization", "nf5"], 2, "nf5"),
         (["--slots", "0"], 2, "slots"),
     ],
@@ -61,8 +61,9 @@ def test_what_cannot_be_served_is_one_line(folder, options, code, words):
 
 
 def test_the_packages_that_are_missing_are_named(folder, monkeypatch):
+    command = sys.modules["lorax.cli.serve"]  # lorax.cli.serve is the function
     monkeypatch.setattr(
-        "lorax.cli.serve.find_spec", lambda name: None if name == "uvicorn" else find_spec(name)
+        command, "find_spec", lambda name: None if name == "uvicorn" else find_spec(name)
     )
     done = complete_lorax("serve", folder / "base")
     assert done.returncode == 3
