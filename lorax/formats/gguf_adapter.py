@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from lorax.adapters.attached import replaced_parameters, require_adapter
-from lorax.adapters.embedding import LoRAEmbedding
 from lorax.adapters.layer import AdapterLayer
 from lorax.adapters.merge import check_finite
 from lorax.adapters.stated import stated_config
@@ -82,7 +81,7 @@ def export_adapter(model: Model, path: Path, type: str = "F32") -> list[GGUFTens
     tensors = []
     for name, (A, B, scaling) in parts.items():
         rest = scaling * len(A) / alpha
-        is_table = isinstance(layers[name], LoRAEmbedding)
+        is_table = _is_table(layers[name])
         tensors += _pair(name, A.t() if is_table else A, B * rest, config, type)
     fields = {
         "general.type": "adapter",
@@ -138,11 +137,12 @@ def _low_rank(name: str, layer: AdapterLayer) -> tuple[Tensor, Tensor, float]:
     Raises:
         AdapterError: the layer is something else.
     """
+    table: Any = layer
     A: Tensor
     B: Tensor
     try:
-        if isinstance(layer, LoRAEmbedding):
-            A, B, scaling = layer.lora_embedding_A, layer.lora_embedding_B, layer.scaling
+        if _is_table(layer):
+            A, B, scaling = table.lora_embedding_A, table.lora_embedding_B, table.scaling
         else:
             A, B, scaling = layer.low_rank()
     except AdapterError as error:
@@ -154,6 +154,11 @@ def _low_rank(name: str, layer: AdapterLayer) -> tuple[Tensor, Tensor, float]:
     return A.cpu(), B.cpu(), scaling
 
 
+def _is_table(layer: AdapterLayer) -> bool:
+    """Whether it adapts a table of rows, as LoRA on an embedding does."""
+    return "lora_embedding_A" in layer.tensors()
+
+
 def _check_is_all(name: str, layer: AdapterLayer, delta: Tensor) -> None:
     """Refuse a layer, as a researcher's own may be, that is not W + delta up to rounding.
 
@@ -161,7 +166,7 @@ def _check_is_all(name: str, layer: AdapterLayer, delta: Tensor) -> None:
         AdapterError: see above.
     """
     base = layer.base_weight().float()
-    delta = delta.t() if isinstance(layer, LoRAEmbedding) else delta
+    delta = delta.t() if _is_table(layer) else delta
     left = (layer.effective_weight() - base - delta).norm()
     if left > _SLACK * (base.norm() + delta.norm()):
         raise AdapterError(

@@ -80,7 +80,7 @@ def shares_base(layer: nn.Module) -> bool:
     """Whether `layer.path_onto(base_layer(x), x)` is all of what it computes now."""
     if not isinstance(layer, AdapterLayer) or not layer.enabled or layer.merged is not None:
         return False
-    if isinstance(layer, LoRALinear) and layer.drops:
+    if getattr(layer, "drops", False):
         return False
     kinds = type(layer).__mro__
     owner = {n: _owner(kinds, n) for n in ("path_onto", "adapted", "frozen")}
@@ -95,9 +95,8 @@ def _owner(kinds: Sequence[type], name: str) -> int:
 
 def is_low_rank(layer: nn.Module) -> TypeGuard[LoRALinear]:
     """Whether it adds scaling * B A x to its base's output and nothing else."""
-    if not isinstance(layer, LoRALinear) or layer.lora_B_bias is not None:
-        return False
-    return type(layer).path_onto is LoRALinear.path_onto and shares_base(layer)
+    plain = getattr(type(layer), "path_onto", None) is LoRALinear.path_onto
+    return plain and getattr(layer, "lora_B_bias", None) is None and shares_base(layer)
 
 
 def _by_kernel(

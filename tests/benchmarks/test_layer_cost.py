@@ -10,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import layer_cost
 
 FORWARD, BACKWARD = 30, 70  # launches
-HOST_MILLISECONDS = 1.5
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -39,7 +38,3 @@ def test_the_estimate_is_above_what_the_products_alone_take():
     parts = layer_cost.estimate(True)
     assert parts["in all"] == pytest.approx(sum(v for k, v in parts.items() if k != "in all"))
     assert parts["in all"] > 97
-
-
-def test_the_host_is_not_the_limit():
-    assert layer_cost.host_milliseconds() <= HOST_MILLISECONDS

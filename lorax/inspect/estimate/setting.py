@@ -108,7 +108,7 @@ def setting_of(method: str, dtype: str, **values: Any) -> Setting:
             raise UsageError(f"--{name} {values[name]}: expected {least} or more")
     if r < 1:
         raise UsageError(f"--r {r}: expected 1 or more")
-    if method == "full":
+    if method not in ("lora", "qlora"):
         return Setting(adapter=None, dtype="float32", **values)
     dtype = "bfloat16" if dtype == "float16" else dtype
     made = Setting(LoRAConfig(r=r, target_modules=targets or "all-linear"), dtype, **values)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorax.adapters.adalora.config import AdaLoRAConfig
 from lorax.adapters.config import LoRAConfig
 from lorax.adapters.config_keys import AdapterConfig
 from lorax.adapters.counting import count_parameters
@@ -129,6 +128,6 @@ def _kind(name: str) -> str:
 
 def drawn_plainly(adapter: AdapterConfig) -> AdapterConfig:
     """The same tensors without a decomposition of weights, which there are none of here."""
-    if isinstance(adapter, LoRAConfig) and not isinstance(adapter, AdaLoRAConfig):
+    if isinstance(adapter, LoRAConfig):
         return dataclasses.replace(adapter, init_lora_weights=True, loftq_config={})
     return adapter
