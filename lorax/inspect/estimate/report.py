@@ -115,5 +115,5 @@ def plot(found: Sequence[Estimate], path: Path) -> None:
             axes.axvline(card, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
     axes.invert_yaxis()
     axes.set_xlabel("GB; dashed: where 8, 16, 24, 48 and 80 GB end")
-    axes.legend(loc="outside upper center", ncols=4, fontsize="small", frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, fontsize="small", frameon=False)
     figure.savefig(path, dpi=150)
