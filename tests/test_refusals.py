@@ -43,6 +43,7 @@ EXCEPTIONS = {
     "data/kinds.py: : column :": "the advice stands in _REFUSED",
     "formats/adapter_data.py: :": "a variant's no_matrix_alone",
     "merging/laboratory.py: : peft_type :": "a variant's no_merge",
+    "formats/export.py: :": "a variant's no_merge",
     "training/recipe.py: :": "a variant's own refusal of a recipe",
 }
 
@@ -93,6 +94,8 @@ def _text(message: ast.AST, function: ast.AST, tree: ast.Module) -> str:
             texts.append(_own_text(node.value))
             names |= {part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)}
     for node in tree.body:
+        if isinstance(node, ast.Assign) and names & {getattr(t, "id", "") for t in node.targets}:
+            texts.append(_own_text(node.value))
         if isinstance(node, ast.FunctionDef) and node.name in names:
             texts += [_own_text(part) for part in ast.walk(node) if isinstance(part, ast.Return)]
     return " ".join("; ".join(filter(str.strip, texts)).split())

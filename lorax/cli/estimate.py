@@ -80,4 +80,6 @@ def _refuse(overrides: tuple[str, ...]) -> None:
     from lorax.errors import UsageError
 
     for token in overrides[:1]:
-        raise UsageError(f"{token}: is no option of a model's estimate; a recipe takes its keys")
+        raise UsageError(
+            f"{token}: is no option of a model's estimate; give a recipe, which takes its keys"
+        )

@@ -76,7 +76,10 @@ def export_adapter(model: Model, path: Path, type: str = "F32") -> list[GGUFTens
     parts = {name: _low_rank(name, layer) for name, layer in layers.items()}
     parts = {name: part for name, part in parts.items() if len(part[0])}  # AdaLoRA's may be empty
     if not parts:
-        raise AdapterError("every rank of the adapter is pruned; there is nothing to export")
+        raise AdapterError(
+            "every rank of the adapter is pruned, so nothing is left to export; train it with a "
+            "higher target_r"
+        )
     alpha = _common_alpha(parts)
     tensors = []
     for name, (A, B, scaling) in parts.items():

@@ -20,7 +20,7 @@ from lorax import backend as backend_module
 from lorax.adapters.lora import LoRALinear
 from lorax.backend import backend, uses_triton
 from lorax.errors import EnvironmentProblem, UsageError
-from lorax.kernels import dequantize, launch, lora, matmul, reference
+from lorax.kernels import dequantize, launch, lora, narrow, product_dx, reference, skinny
 from lorax.models.llama import Llama
 from lorax.models.llama_config import LlamaConfig
 from lorax.quant import ops
@@ -159,7 +159,7 @@ def launched(monkeypatch):
         names.append(kernel.fn.__name__)
         launch.launch(kernel, *a, **options)
 
-    for module in (matmul, lora, dequantize):
+    for module in (skinny, product_dx, narrow, lora, dequantize):
         monkeypatch.setattr(module, "launch", recorded)
     return names
 

@@ -109,7 +109,7 @@ def _write_gguf(path: Path, tensors: dict[str, torch.Tensor], bos: bool = False,
     """A small GGUF; `changes` are fields' values by the ends of their names (`__` for the dot)."""
     import gguf
 
-    from lorax.formats.gguf_files import _LAYER_NAMES, _NAMES
+    from lorax.formats.gguf_layout import LAYER_NAMES, NAMES
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -131,9 +131,9 @@ def _write_gguf(path: Path, tensors: dict[str, torch.Tensor], bos: bool = False,
     writer.add_bos_token_id(0)
     writer.add_add_bos_token(bos)
     writer.add_chat_template(CHATML)
-    theirs = {mine: name for name, mine in _NAMES.items()} | {
+    theirs = {mine: name for name, mine in NAMES.items()} | {
         f"model.layers.0.{mine}.weight": f"blk.0.{name}.weight"
-        for name, mine in _LAYER_NAMES.items()
+        for name, mine in LAYER_NAMES.items()
     }
     for field in writer.kv_data:
         for key in list(field):

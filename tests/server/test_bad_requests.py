@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
-from serving import make_directories, serving
+from served import make_directories, serving
 
 from lorax.inference.server.limits import Limits
 

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from serving import ADAPTERS, connected, make_directories, oracle_of, serving
+from served import ADAPTERS, connected, make_directories, oracle_of, serving
 
 from lorax.inference.server.limits import Limits
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import httpx2 as httpx
 import pytest
 from command_line import complete_lorax
-from serving import make_directories
+from served import make_directories
 
 ADAPTERS = {"plain": {"r": 4, "target_modules": "all-linear"}}
 

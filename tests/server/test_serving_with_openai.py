@@ -4,7 +4,7 @@ import httpx2
 import openai
 import pytest
 import torch
-from serving import ADAPTERS, connected, make_directories, oracle_of, serving
+from served import ADAPTERS, connected, make_directories, oracle_of, serving
 
 import lorax
 

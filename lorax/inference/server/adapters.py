@@ -131,7 +131,10 @@ class Models:
     def _inside(self, path: str) -> Path:
         """The adapter's directory: below `directory`, also where links lead elsewhere."""
         if self.directory is None:
-            raise UsageError("adapters are loaded from --adapters DIR alone, which was not given")
+            raise UsageError(
+                "adapters are loaded from --adapters DIR alone, which was not given; start the "
+                "server with it"
+            )
         try:
             folder = Path(os.path.realpath(self.directory / path))
             inside = folder != self.directory and folder.is_relative_to(self.directory)

@@ -102,7 +102,7 @@ def _put(model: Model, adapter: AdapterConfig) -> None:
     except Exception as error:
         raise AdapterError(
             f"{type(adapter).__name__} starts from values of the model or its tokenizer "
-            f"({type(error).__name__}: {error}), and here are none; estimate a plain LoRA instead"
+            f"({type(error).__name__}: {error}), and here are none; take a plain LoRA instead"
         ) from error
 
 
