@@ -189,8 +189,9 @@ def test_the_same_call_gives_the_same_bits(guard):
     for call in (lambda: matmul.fused(x, weight), lambda: matmul.fused_dx(dy, weight)):
         first = call()
         assert all(torch.equal(call(), first) for _ in range(2))
-    for counters in launch._counters.values():
-        assert not counters.any()
+    counted = [c for c in launch._counters.values() if not c.is_meta]  # layer_cost.py leaves such
+    assert counted
+    assert not any(counters.any() for counters in counted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
