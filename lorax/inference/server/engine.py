@@ -176,6 +176,10 @@ class Engine:
         except Exception as error:  # one that cannot be told ends no other
             log.warning("an answer was not delivered: %s (%s)", message, error)
 
+    def _fail_all(self, error: Exception) -> None:
+        for answer in list(self._running.values()):
+            self._fail(answer, *_status(error))
+
     def _remove_retired(self) -> None:
         if not self._retired:
             return
@@ -185,7 +189,11 @@ class Engine:
         self._retired -= gone
         if gone & set(self.standing):
             rest = [name for name in self.standing if name not in gone]
-            self._stand(rest or [None])
+            try:
+                self._stand(rest or [None])
+            except Exception as error:  # files that went while one of the rest was on disk
+                self._fail_all(error)
+                self._stand([None])
         for name in gone:
             self._apart.discard(name)
             self.adapters.remove(name)
@@ -245,8 +253,7 @@ class Engine:
             found = self.batch.round()
         except Exception as error:
             log.exception("a round of tokens failed")
-            for answer in list(self._running.values()):
-                self._fail(answer, *_status(error))
+            self._fail_all(error)
             return
         self.counts["rounds"] += 1
         for row, token in found:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles import LLAMA_KINDS, gpt2, llama, mistral, tokens
 from peft_pairs import in_peft, pair, save, trained
+from step_gradients import assert_close, gradients, mine_of, theirs_of
 from tiny_runs import folder, recipe  # noqa: F401
 
 import lorax
@@ -15,7 +16,6 @@ from lorax.training.fast import products
 from lorax.training.fast.install import accelerated
 from lorax.training.loss import summed_loss
 
-GLOBAL_BOUND, WORST_BOUND = 1e-5, 3e-4  # of the gradients' norm; of one tensor's
 ALL = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
@@ -23,41 +23,6 @@ ALL = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 def product(request, monkeypatch):
     if request.param == "oneDNN":
         monkeypatch.setattr(products, "prefers_onednn", lambda: True)
-
-
-def mine_of(model, ids, fast=True, labels=None):
-    """The mean loss, and each gradient by its name."""
-    labels = ids if labels is None else labels
-    model.zero_grad()
-    with accelerated(model, fast):
-        loss = summed_loss(model, ids, labels) / (labels[:, 1:] != -100).sum()
-        loss.backward()
-    return loss.item(), gradients(model)
-
-
-def theirs_of(model, ids):
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    return loss.item(), gradients(model)
-
-
-def gradients(model):
-    return {name: p.grad.float().clone() for name, p in trained(model).items()}
-
-
-def assert_close(mine, theirs):
-    (loss, found), (expected_loss, expected) = mine, theirs
-    assert abs(loss - expected_loss) / expected_loss < GLOBAL_BOUND
-    assert set(found) == set(expected)
-    assert distance(found, expected) < GLOBAL_BOUND
-    worst = max((found[n] - e).norm() / e.norm() for n, e in expected.items())
-    assert worst < WORST_BOUND
-
-
-def distance(found, expected):
-    squares = sum((found[n] - e).square().sum() for n, e in expected.items())
-    return (squares / sum(e.square().sum() for e in expected.values())).sqrt().item()
 
 
 @pytest.mark.usefixtures("product")

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from gpu_step import assert_close, gradients, through_twins
+from gpu_step import through_twins
 from oracles import tokens
 from peft_pairs import trained
+from step_gradients import assert_close, gradients
 from test_gpu_step import small
 
 from lorax.data.batches import MicroBatch

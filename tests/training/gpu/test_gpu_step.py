@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from gpu_step import assert_close, counted, mine_of, quantized, theirs_of, through_twins
+from gpu_step import counted, quantized, through_twins
 from oracles import LLAMA_KINDS, llama, mistral, tokens
 from peft_pairs import pair
+from step_gradients import assert_close, mine_of, theirs_of
 
 import lorax
 from lorax.backend import backend
