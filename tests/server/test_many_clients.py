@@ -184,3 +184,26 @@ def test_sixty_four_clients_for_a_minute(folder, cases):
         clients = crowd(service, cases, 64, lambda one: time.monotonic() < until)
         assert settled(service)
         assert all(one.answered for one in clients)
+
+
+def test_an_adapter_whose_files_went_ends_no_other_s_answers(folder, cases, monkeypatch):
+    """One is unloaded; what stands beside it has to be read again and cannot: the engine lives."""
+    with serving(folder) as service, connected(service) as client:
+        engine, asked = service.engine, {}
+        for given, expected in cases[:3]:
+            asked[given["model"]] = given, expected
+            assert client.completions.create(**given).choices[0].text == expected
+        real, failed = engine._stand, []
+
+        def stand(names):
+            if not failed:
+                failed.append(names)
+                raise OSError("no such directory")
+            real(names)
+
+        monkeypatch.setattr(engine, "_stand", stand)
+        assert service.models.unload("plain")
+        given, expected = asked["rslora"]
+        assert client.completions.create(**given).choices[0].text == expected
+        assert failed
+        assert engine.is_alive
