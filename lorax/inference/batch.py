@@ -11,6 +11,7 @@ its prompts, the server (server/engine.py) whatever was asked for meanwhile.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +27,9 @@ from lorax.inference.rows import RowsCache
 from lorax.inference.twins import with_twins
 from lorax.models import Model
 from lorax.models.watched import is_watched
+from lorax.text import one_line
+
+log = logging.getLogger("lorax")
 
 
 @dataclass(frozen=True)
@@ -251,7 +255,11 @@ class Batch:
     def _step(self, slots: list[int], tokens: list[int]) -> Tensor:
         """The hidden states (B, C) of one token for each slot."""
         if self.decoder is not None:
-            return self.decoder.step(slots, tokens)
+            try:
+                return self.decoder.step(slots, tokens)
+            except RuntimeError as error:  # a capture that this driver refuses
+                log.warning("tokens are computed without a graph: %s", one_line(error))
+                self.decoder = None
         ids = torch.tensor(tokens, device=self.device)[:, None]  # (B, 1)
         return self.model.hidden_states(ids, self.cache.step(slots))[:, -1]
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import lorax
 from lorax.adapters.dora import DoRALinear
 from lorax.backend import backend
-from lorax.inference import rows, twins
+from lorax.inference import batch, rows, twins
 from lorax.inference.batch import Sampling, stream_rows
 from lorax.inference.generate import stream
 from lorax.inference.native import library
@@ -118,6 +118,22 @@ def test_a_row_that_ends_makes_room_for_the_next(plain):
     assert answers(model, prompts(), ends=ends, batch_size=2) == expected
     assert expected[3] == []
     assert max(map(len, expected)) == 16
+
+
+def test_tokens_are_computed_without_a_graph_where_none_can_be_made(plain, monkeypatch, caplog):
+    """As on a GPU whose driver refuses the capture: the same tokens, and one line."""
+    model = lorax.load_model(plain)
+    expected = answers(model, prompts())
+
+    class Refused:
+        def step(self, slots, tokens):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(batch, "decoder_of", lambda model, cache: Refused())
+    assert answers(model, prompts()) == expected
+    assert [m for m in caplog.messages if "without a graph" in m] == [
+        "tokens are computed without a graph: operation not permitted when stream is capturing"
+    ]
 
 
 def test_nothing_is_made_where_nothing_is_asked_for(plain):
