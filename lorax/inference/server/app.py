@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -176,7 +176,7 @@ async def _whole(
 
 async def _chunks(
     answers: Answers, asked: Asked, reply: replies.Reply
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     for index in range(len(answers.all)):
         for choice in reply.opening(index):
             yield reply.chunk([choice])
@@ -195,7 +195,7 @@ class EventStream(Response):
     An error on the way is the last event: the status was sent long ago.
     """
 
-    def __init__(self, objects: AsyncIterator[dict[str, Any]], close: Callable[[], None]):
+    def __init__(self, objects: AsyncGenerator[dict[str, Any], None], close: Callable[[], None]):
         self.objects, self.close = objects, close
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
@@ -212,7 +212,7 @@ class EventStream(Response):
             self.close()
 
     async def _send_all(self, send: Send) -> None:
-        async with aclosing(self.objects) as objects:  # type: ignore[type-var]
+        async with aclosing(self.objects) as objects:
             try:
                 async for one in objects:
                     await send(_event(replies.as_json(one)))

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +76,17 @@ class Service(uvicorn.Server):
         self.socket = _listening(host, port)
         address, self.port = self.socket.getsockname()[:2]
         self.address = f"http://{f'[{address}]' if ':' in address else address}:{self.port}"
-        limits = engine.limits
-
-        def protocol(*given: Any, **named: Any) -> Patient:
-            return Patient(*given, **named, patience_seconds=limits.patience_seconds)
-
+        protocol: Any = partial(Patient, patience_seconds=engine.limits.patience_seconds)
         config = uvicorn.Config(
             make_app(engine, models, api_key),
-            http=protocol,  # type: ignore[arg-type]
+            http=protocol,
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             limit_concurrency=_MOST_CONNECTIONS,
-            timeout_graceful_shutdown=max(1, round(limits.drain_seconds)),
+            timeout_graceful_shutdown=max(1, round(engine.limits.drain_seconds)),
         )
         super().__init__(config)
 
